@@ -1,0 +1,337 @@
+"""A GPT in one file: GPT-2's shape, a KV cache, and sampling from it.
+
+Pre-norm blocks, learned positions, tanh GELU, the unembedding tied to the embedding. Radford et
+al. 2019 (GPT-2); the parameters carry the names under which GPT-2 is published.
+
+Axes: B batch, T tokens (P of a prompt, R of a response), V vocabulary, C channels, H heads,
+D = C/H head size, L layers.
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from attention import attention, causal_mask, join, padding_mask, segment_mask
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    vocab_size: int            # V
+    block_size: int            # the longest context, in tokens
+    n_layer: int               # L
+    n_head: int                # H
+    n_embd: int                # C
+    dropout: float = 0.0       # of the embedding and of what each block adds to the residual stream
+    flash: bool | None = None  # attention by PyTorch's fused kernel; None: see `by_hand_is_faster`
+
+    def __post_init__(self):
+        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd {self.n_embd} does not divide into n_head {self.n_head} equal heads")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), not {self.dropout}")
+
+
+def by_hand_is_faster(q):
+    """q (B,H,Tq,D) -> whether the written-out attention beats the fused kernel here, as measured.
+
+    On a CPU it does in bf16 up to T = 512, forward + backward (T = 256: 11 ms against 25 without
+    AMX, 10 against 19 with), as the fused backward is slow there; and for one query a row against
+    a cache, from B = 16 on (B = 64: by 10 % in fp32, by 30 % in bf16). Elsewhere fused is faster.
+    """
+    B, _, Tq, _ = q.shape
+    if q.device.type != "cpu":
+        return False
+    return B >= 16 if Tq == 1 else q.dtype == torch.bfloat16 and Tq <= 512
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.n_head, self.flash = config.n_head, config.flash
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)   # q, k and v in one product
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, mask, causal, cache, layer):               # x (B,T,C)
+        q, k, v = (part.unflatten(-1, (self.n_head, -1)).transpose(1, 2)
+                   for part in self.c_attn(x).chunk(3, dim=-1))     # 3 times (B,H,T,D)
+        if cache is not None:
+            k, v = cache.append(layer, k, v)                        # (B,H,Tk,D): all tokens so far
+        flash = not by_hand_is_faster(q) if self.flash is None else self.flash
+        y = attention(q, k, v, mask, causal=causal, flash=flash)    # (B,H,T,D)
+        y = y.transpose(1, 2).flatten(2)                            # (B,T,C)
+        return self.dropout(self.c_proj(y))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):                                           # (B,T,C)
+        # GPT-2's weights were trained with the tanh form; erf shifts every logit (RECIPE A6).
+        x = F.gelu(self.c_fc(x), approximate="tanh")                # (B,T,4C)
+        return self.dropout(self.c_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.attn = SelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.mlp = MLP(config)
+
+    def forward(self, x, mask, causal, cache, layer):
+        # Pre-norm: the stream x itself is never normalised, so gradients reach the bottom unhindered.
+        x = x + self.attn(self.ln_1(x), mask, causal, cache, layer)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)   # also the unembedding
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.drop = nn.Dropout(config.dropout)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd)
+        for name, p in self.named_parameters():
+            if p.dim() >= 2:
+                # 2L blocks add to the stream; scaled so, their sum keeps its size (RECIPE A7).
+                residual = name.endswith("c_proj.weight")
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if residual else 0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+
+    def num_params(self):
+        """The number of parameters; the tied head counts once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def forward(self, tokens, mask=None, **where):
+        """tokens (B,T) int64, mask (B,T), `where` as for `hidden`  ->  logits (B,T,V), always."""
+        return self.unembed(self.hidden(tokens, mask, **where))
+
+    def unembed(self, x):
+        """(...,C) -> logits (...,V), by the embedding itself: the head is tied."""
+        return F.linear(x, self.wte.weight)
+
+    def hidden(self, tokens, mask=None, *, positions=None, segments=None, cache=None):
+        """The trunk: tokens (B,T) int64 -> (B,T,C), normalised, ready for a head.
+
+        mask (B,T): True at real tokens; pads may stand on either side, are seen by nobody, and
+            what comes out at a pad means nothing.
+        positions (B,T): the row of wpe that each token gets; by default the number of real tokens
+            before it, in its own segment.
+        segments (B,T): a number per packed document; documents do not see each other.
+        cache: a KVCache; `tokens` follow those that it holds, and `mask` covers both, (B,Tk).
+        ValueError where the context is longer than block_size.
+        """
+        T = tokens.shape[1]
+        past = 0 if cache is None else cache.length
+        if T > self.config.block_size or (mask is None and positions is None
+                                          and past + T > self.config.block_size):
+            raise ValueError(f"{past + T} tokens do not fit into block_size {self.config.block_size}")
+        if positions is None:
+            positions = token_positions(past + T, mask, segments, tokens.device)[:, past:]
+
+        causal = mask is None and segments is None  # then attention() can do without a mask tensor
+        allowed = None
+        if not causal:                              # (B,1,T,Tk), joined once for all layers
+            allowed = join(causal_mask(T, past + T, tokens.device) if T > 1 else None,
+                           None if mask is None else padding_mask(mask),
+                           None if segments is None else segment_mask(segments))
+
+        x = self.drop(self.wte(tokens) + self.wpe(positions))       # (B,T,C)
+        for layer, block in enumerate(self.h):
+            x = block(x, allowed, causal, cache, layer)
+        if cache is not None:
+            cache.length += T
+        return self.ln_f(x)
+
+
+def token_positions(T, mask, segments, device):
+    """(B,T), or (1,T) where all rows agree: how many real tokens of its segment precede a token."""
+    before = torch.arange(T, device=device)[None]
+    if mask is not None:
+        before = mask.long().cumsum(1) - mask.long()                # (B,T) real tokens before
+    if segments is None:
+        return before
+    starts = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0))     # (B,T) True where one begins
+    return before - (before * starts).cummax(1).values
+
+
+def decay_groups(model, weight_decay):
+    """Optimiser groups: decay for matrices and embeddings, none for norms and biases (RECIPE A8)."""
+    params = list(model.parameters())                               # a shared tensor comes once
+    return [{"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
+
+
+def token_logprobs(logits, tokens):
+    """log π(token | what stands before it): logits (B,T,V), tokens (B,T) -> (B,T-1), >= fp32."""
+    at_least_fp32 = torch.promote_types(logits.dtype, torch.float32)
+    logprobs = logits[:, :-1].log_softmax(-1, dtype=at_least_fp32)  # (B,T-1,V)
+    return logprobs.gather(-1, tokens[:, 1:, None]).squeeze(-1)     # logits at t are about t+1
+
+
+class KVCache:
+    """The keys and values of all tokens so far, so that a new token costs one token's work.
+
+    One buffer, allocated once, (L,B,H,capacity,D) for each of k and v, in the dtype that the
+    model computes in (autocast included). For inference: gradients do not go through it.
+    """
+
+    def __init__(self, gpt, batch, capacity):
+        c, weight = gpt.config, gpt.wte.weight
+        device, dtype = weight.device, weight.dtype
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        shape = (c.n_layer, batch, c.n_head, capacity, c.n_embd // c.n_head)
+        self.k = torch.empty(shape, dtype=dtype, device=device)
+        self.v = torch.empty(shape, dtype=dtype, device=device)
+        self.length = 0                                             # tokens held by every row
+
+    def append(self, layer, k, v):
+        """k, v (B,H,T,D) of the new tokens -> those of all tokens, (B,H,length+T,D)."""
+        end = self.length + k.shape[2]
+        if end > self.k.shape[3]:
+            raise ValueError(f"{end} tokens do not fit into a cache for {self.k.shape[3]}")
+        self.k[layer, :, :, self.length:end] = k
+        self.v[layer, :, :, self.length:end] = v
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+
+    def keep(self, rows):
+        """Drop all rows of the batch but these (int64), in place."""
+        for layer in range(len(self.k)):
+            for x in (self.k[layer], self.v[layer]):
+                x[:len(rows), :, :self.length] = x[rows, :, :self.length]
+        self.k, self.v = self.k[:, :len(rows)], self.v[:, :len(rows)]
+
+
+@dataclass
+class Generation:
+    responses: list[list[int]]  # the sampled ids of each prompt, EOS included where it was sampled
+    logprobs: torch.Tensor      # (B,R) fp32, log-probs of these ids, zeros after a response's end
+
+
+def generate(gpt, prompts, max_new_tokens, *, temperature=1.0, top_k=0, top_p=1.0, eos=None,
+             generator=None, on_token=None):
+    """Continue every prompt (a list of ids, any lengths) by at most max_new_tokens -> Generation.
+
+    temperature 0 is greedy. top_k > 0 keeps the k likeliest tokens, top_p < 1 then the fewest of
+    these that hold that much probability. A response ends with `eos`, or where the context does:
+    prompt and response together fit into block_size. `.logprobs` are those of the distribution
+    that was drawn from, so after temperature, top_k and top_p (RECIPE O2; greedy: zeros).
+    generator: same seed, same result; a row's random numbers do not depend on the other rows' ends.
+    on_token: called at each step with the B new ids, None where a response has ended.
+    ValueError on an empty or too long prompt.
+    """
+    block_size = gpt.config.block_size
+    if not prompts or not all(prompts):
+        raise ValueError("generate needs at least one prompt, and at least one token in each")
+    if max(map(len, prompts)) > block_size:
+        raise ValueError(f"a prompt of {max(map(len, prompts))} tokens does not fit into "
+                         f"block_size {block_size}")
+    if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
+        raise ValueError("generate needs temperature >= 0, top_k >= 0 and 0 < top_p <= 1")
+    B, device = len(prompts), gpt.wte.weight.device
+    steps = max(0, min(max_new_tokens, block_size - min(map(len, prompts))))
+    # Allocated outside of inference mode, so that they are ordinary tensors for the caller.
+    tokens = torch.zeros(B, steps, dtype=torch.long, device=device)
+    logprobs = torch.zeros(B, steps, device=device)
+    # All random numbers at once, so that nothing that happens on the way can shift them.
+    uniform = torch.rand(steps, B, generator=generator,
+                         device=device if generator is None else generator.device).to(device)
+
+    def draw(logits, step, rows):
+        return sample(logits, uniform[step, rows], temperature, top_k, top_p)
+
+    training = gpt.training
+    gpt.eval()
+    try:
+        with torch.inference_mode():
+            lengths = decode(gpt, prompts, draw, tokens, logprobs, eos, on_token)
+    finally:
+        gpt.train(training)
+    responses = [row[:n] for row, n in zip(tokens.tolist(), lengths)]
+    return Generation(responses, logprobs[:, :max(lengths)])
+
+
+def decode(gpt, prompts, draw, tokens, logprobs, eos, on_token):
+    """The loop of `generate`: fills tokens and logprobs (B,R); returns how long each response is."""
+    (B, steps), device, block_size = tokens.shape, tokens.device, gpt.config.block_size
+    P = max(map(len, prompts))
+    # Pads to the left, so that the last token of every row is in the same column.
+    padded = torch.tensor([[0] * (P - len(p)) + p for p in prompts], device=device)  # (B,P)
+    size = torch.tensor([len(p) for p in prompts], device=device)                    # (B,)
+    mask = None
+    if int(size.min()) < P:
+        mask = torch.arange(P + steps, device=device) >= P - size[:, None]           # (B,P+steps)
+    length = torch.zeros(B, dtype=torch.long, device=device)
+    rows = torch.arange(B, device=device)       # which prompts are still in the batch
+    alive = size < block_size                   # which of them still answer
+    cache = KVCache(gpt, B, P + steps)
+
+    for step in range(steps):
+        if step == 0:
+            x = gpt.hidden(padded, None if mask is None else mask[:, :P], cache=cache)
+        else:
+            # A row that has ended goes on unheard, at a position that exists.
+            positions = (size + (step - 1)).clamp(max=block_size - 1)[:, None]
+            x = gpt.hidden(token[:, None], None if mask is None else mask[:, :P + step],
+                           positions=positions, cache=cache)
+        token, logprob = draw(gpt.unembed(x[:, -1]), step, rows)                     # (B,) (B,)
+        tokens[rows, step], logprobs[rows, step] = token, logprob * alive
+        length[rows] += alive
+        if on_token is not None:
+            new = [None] * B
+            for row, id, heard in zip(rows.tolist(), token.tolist(), alive.tolist()):
+                new[row] = id if heard else None
+            on_token(new)
+
+        alive = alive & (size + step + 1 < block_size)
+        if eos is not None:
+            alive = alive & (token != eos)
+        left = int(alive.sum())
+        if left == 0:
+            break
+        if left <= len(rows) // 2:              # half of the work would be for nobody: drop it
+            keep = alive.nonzero().squeeze(1)
+            cache.keep(keep)
+            rows, size, alive, token = rows[keep], size[keep], alive[keep], token[keep]
+            mask = None if mask is None else mask[keep]
+    return length.tolist()
+
+
+def sample(logits, uniform, temperature, top_k, top_p):
+    """One token a row: logits (B,V), uniform (B,) in [0,1) -> tokens (B,), log-probs (B,) fp32.
+
+    Inverse transform sampling: the first token at which the cumulated probability passes u. On a
+    CPU a fifth faster than torch.multinomial, and it makes the random numbers ours.
+    """
+    if temperature == 0:
+        return logits.argmax(-1), torch.zeros_like(uniform)
+    order = None
+    if 0 < top_k < logits.shape[-1] or top_p < 1:
+        logits, order = logits.topk(min(top_k or logits.shape[-1], logits.shape[-1]))  # descending
+    probs = (logits.float() / temperature).softmax(-1)              # (B,V), or (B,k)
+    if top_p < 1:
+        probs = probs * (probs.cumsum(-1) - probs < top_p)          # keeps the one that crosses top_p
+    cumulated = probs.cumsum(-1)                                    # (B,V)
+    total = cumulated[:, -1:]
+    # u·total may round up to total, and then no token would pass it: stay just below. A token of
+    # probability zero does not raise the sum, so it is never the first to pass.
+    goal = torch.minimum(uniform[:, None] * total, total.nextafter(torch.zeros_like(total)))
+    token = torch.searchsorted(cumulated, goal, right=True)         # (B,1)
+    logprob = (probs.gather(-1, token) / total).log().squeeze(-1)
+    token = token if order is None else order.gather(-1, token)
+    return token.squeeze(-1), logprob
