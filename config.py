@@ -14,7 +14,7 @@ class UserError(Exception):
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class CommandConfig:
     """What every command understands."""
     config: str = "tiny"        # the preset: tiny, small or gpt2
     seed: int = 1               # data, weights and sampling follow from it
@@ -23,12 +23,17 @@ class RunConfig:
     device: str = "auto"        # auto, cpu, cuda, cuda:1, mps
     dtype: str = "auto"         # auto: bf16 where a probe finds it faster; or fp32, bf16
     threads: int = 0            # of the CPU; 0 = all that this process may use. Results depend on it, bit by bit
+
+
+@dataclass(frozen=True)
+class TrainConfig(CommandConfig):
+    """What every training step understands."""
     resume: bool = False        # insist on continuing an interrupted run (it is continued anyway, if there is one)
     fresh: bool = False         # begin anew, even where a finished or an interrupted run is there
 
 
 @dataclass(frozen=True)
-class SFTConfig(RunConfig):
+class SFTConfig(TrainConfig):
     """Step 0, pretraining, and step 1, supervised fine-tuning."""
     init: str = ""              # a checkpoint (.pt) to fine-tune instead of the run's own base
     # the model
@@ -39,17 +44,22 @@ class SFTConfig(RunConfig):
     n_head: int = 4
     n_embd: int = 128
     flash: str = "auto"         # the fused attention kernel: auto (see model.by_hand_is_faster), yes or no
+    init_std: float = 0.08      # of the weights at the start, about 1/sqrt(n_embd)
+    wave_std: float = 0.2       # positions start as sinusoids of this amplitude
     # step 0
-    pretrain_steps: int = 1500
-    pretrain_batch: int = 32    # sequences of block_size tokens an optimiser step
-    pretrain_lr: float = 3e-3
+    recital_steps: int = 500    # optimiser steps on recitals, in windows of 64 tokens, before the documents
+    pretrain_steps: int = 3000  # optimiser steps in all
+    pretrain_batch: int = 2048  # tokens an optimiser step
+    pretrain_lr: float = 2e-3   # of AdamW: embeddings, norms, biases
+    pretrain_matrix_lr: float = 0.01     # of Muon: the blocks' matrices
     pretrain_docs: int = 4_000_000   # tokens of different text to make; more steps than that read it again
     # step 1
     demonstrations: int = 16_000     # how many the labelers write
     epochs: int = 2
     steps: int = 0              # optimiser steps of step 1; 0 = by epochs
     batch_size: int = 64        # demonstrations an optimiser step
-    lr: float = 1.5e-3
+    lr: float = 1e-3
+    matrix_lr: float = 0.01
     ptx_share: float = 0.1      # pretraining sequences among the fine-tuning ones (InstructGPT C.3: 10 %)
     sft_dropout: float = 0.0    # residual dropout in step 1 (the paper's baseline: 0.2, over 16 epochs)
     # both
@@ -60,15 +70,37 @@ class SFTConfig(RunConfig):
     eval_every: int = 500       # optimiser steps between two evaluations
 
 
+@dataclass(frozen=True)
+class SampleConfig(CommandConfig):
+    """Using a trained model."""
+    stage: str = ""             # base, sft, ppo ...; by default the furthest that the run has
+    prompt: str = ""            # the instruction
+    input: str = ""             # the text that it is about, if any
+    num_samples: int = 1        # answers to the prompt
+    max_new_tokens: int = 160
+    temperature: float = 0.7    # 1: as the model believes; 0: always its first choice
+    top_k: int = 0              # 0 = off
+    top_p: float = 1.0          # 1 = off
+    chat: bool = False          # a conversation
+    execute: bool = False       # run the Python that it wrote, in the sandbox
+
+
+@dataclass(frozen=True)
+class EvaluateConfig(CommandConfig):
+    """Measuring the stages of a run."""
+    per_category: int = 120     # test prompts of each category
+    batch_size: int = 256       # prompts answered side by side
+
+
 PRESETS = {     # preset -> step -> what it changes
     "tiny": {},                 # minutes on a laptop CPU
     "small": {                  # 11 M parameters: an hour of a GPU
         "sft": dict(vocab_size=4096, block_size=512, n_layer=6, n_head=6, n_embd=384, pretrain_steps=5000,
-                    pretrain_batch=64, pretrain_lr=1e-3, pretrain_docs=20_000_000, demonstrations=60_000, lr=5e-4)},
+                    pretrain_batch=32_768, pretrain_lr=1e-3, pretrain_docs=20_000_000, demonstrations=60_000, lr=5e-4)},
     "gpt2": {                   # GPT-2's shape and tokenizer, 124 M parameters: for your own data and a GPU
         "sft": dict(tokenizer="gpt2", block_size=1024, n_layer=12, n_head=12, n_embd=768, pretrain_steps=20_000,
-                    pretrain_batch=32, accumulate=4, pretrain_lr=6e-4, pretrain_docs=20_000_000, lr=1e-4, warmup=500)}}
-CONFIGS = {"sft": SFTConfig}
+                    pretrain_batch=131_072, accumulate=4, pretrain_lr=6e-4, pretrain_docs=20_000_000, lr=1e-4, warmup=500)}}
+CONFIGS = {"sft": SFTConfig, "sample": SampleConfig, "evaluate": EvaluateConfig}
 
 
 def nearest(word, words):
@@ -83,11 +115,16 @@ def _boolean(text):
     return text.lower() in ("1", "true", "yes")
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):       # argparse's own would print a page of usage
+        raise UserError(f"{message}. `python {self.prog} --help` lists all flags.")
+
+
 def parse(step, argv=None, description=""):
     """The config of a step from its command line -> (config, {field: where its value comes from})."""
     cls = CONFIGS[step]
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _Parser(f"{step}.py", description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS,
+                     formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in fields(cls):
         more = dict(nargs="?", const="yes") if field.type is bool else {}
         parser.add_argument("--" + field.name.replace("_", "-"), metavar=field.type.__name__.upper(),
@@ -129,11 +166,17 @@ def validate(config):
     """UserError for values that cannot work, before anything is computed."""
     for field in fields(config):
         value = getattr(config, field.name)
-        low = 0 if field.name in ("threads", "steps", "seed", "warmup", "epochs") else 1
+        low = 0 if field.name in ("threads", "steps", "seed", "warmup", "top_k") else 1
         if field.type is int and value < low:
             raise UserError(f"--{field.name.replace('_', '-')} must be at least {low}, not {value}")
         if field.type is float and not 0 <= value < 1e6:
             raise UserError(f"--{field.name.replace('_', '-')} must be between 0 and 1e6, not {value}")
+        if field.name in ("ptx_share", "sft_dropout") and value >= 1:
+            raise UserError(f"--{field.name.replace('_', '-')} is a share: from 0 to below 1, not {value}")
+        if field.name == "top_p" and not 0 < value <= 1:
+            raise UserError(f"--top-p must be above 0 and at most 1 (which is off), not {value}")
+    if getattr(config, "resume", False) and config.fresh:
+        raise UserError("--resume goes on and --fresh begins anew: give one of them")
     choices = {"dtype": ("auto", "fp32", "bf16"), "tokenizer": ("bpe", "gpt2"), "flash": ("auto", "yes", "no")}
     for name, allowed in choices.items():
         value = getattr(config, name, allowed[0])

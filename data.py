@@ -144,15 +144,15 @@ def read_text(path):
         line = error.object[:error.start].count(b"\n") + 1
         raise UserError(f"{path}, line {line}: not UTF-8. Convert it: iconv -f latin1 -t utf8 {path} > new.txt") from None
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
+        raise UserError(f"cannot read {path}: {error.strerror}. --data takes one readable file") from None
     if not text.strip():
-        raise UserError(f"{path} is empty")
+        raise UserError(f"{path} is empty. Needed: plain text, or demonstrations as .json or .jsonl")
     return text
 
 
 def is_demonstrations(path):
     """Demonstrations (.json, .jsonl), or plain text?"""
-    return Path(path).suffix in (".json", ".jsonl")
+    return Path(path).suffix.lower() in (".json", ".jsonl")
 
 
 def _records(path):
@@ -169,7 +169,8 @@ def _records(path):
             try:
                 records.append((f"{path}, line {number}", json.loads(line)))
             except json.JSONDecodeError as error:
-                raise UserError(f"{path}, line {number}: not JSON ({error.msg})") from None
+                raise UserError(f"{path}, line {number}: not JSON ({error.msg}). Needed: an array in [ ], or one object a "
+                                "line") from None
     return records
 
 

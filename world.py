@@ -489,7 +489,7 @@ def tasks(n, split="train", seed=0, categories=CATEGORIES):
 
 DOCUMENT_MIX = {"generation": 20, "open_qa": 8, "brainstorming": 6, "chat": 9, "rewrite": 18, "summarization": 6,
                 "classification": 5, "closed_qa": 22, "extract": 6}     # % of the built-in documents
-PROSE_SHARE = 0.1                                                       # of all documents
+PROSE_SHARE, LIST_SHARE = 0.04, 0.06                                    # of all documents
 
 
 def prose(split="train"):
@@ -503,12 +503,37 @@ def prose(split="train"):
     return passages
 
 
+def recital(r, lang):
+    """A list read out again, or pairs in other orders: pure practice in looking things up in the context."""
+    words = NAMES[lang] + CITIES[lang] + LIKED[lang] + JOBS[lang] + [w[lang] for w in NOUNS + ADJECTIVES]
+    read, again = WORDS["recital"][lang]
+    n, times = r.randint(3, 6), r.randint(4, 8)
+    if r.random() < 0.6:
+        lines = [(SPACE[lang] or "、").join(r.sample(words, r.randint(3, 9)))] * times
+    else:
+        pairs, lines = list(zip(r.sample(words, n), r.sample(words, n))), []
+        for _ in range(times):
+            r.shuffle(pairs)
+            lines.append(COMMA[lang].join(SPACE[lang].join(pair) for pair in pairs))
+    return "\n".join((again if i else read) + line + STOP[lang] for i, line in enumerate(lines))
+
+
+def recitals(seed=0):
+    """Endless lists and registers, to begin with: see sft.py, deviation 5."""
+    r = random.Random(f"recitals {seed}")
+    while True:
+        yield recital(r, "zh" if r.random() < 0.35 else "en")
+
+
 def documents(seed=0, split="train"):
     """Endless unlabelled text: a few passages of one kind, one below the other; one document in ten is prose."""
     r, passages = random.Random(f"documents {seed} {split}"), prose(split)
     while True:
         if r.random() < PROSE_SHARE:
             yield r.choice(passages)
+            continue
+        if r.random() < LIST_SHARE:
+            yield recital(r, "zh" if r.random() < 0.35 else "en")
             continue
         category = r.choices(tuple(DOCUMENT_MIX), DOCUMENT_MIX.values())[0]
         drawn = [draw(r, category) for _ in range(r.randint(2, 6))]

@@ -1,0 +1,167 @@
+"""How fast is this model, measured against what this machine can do?
+
+    python benchmarks/speed.py [--threads 2] [--rounds 7]
+
+Everything that is compared runs in ONE process, in turns, round after round; the numbers are
+medians. On a shared machine believe the ratios, never an absolute time. Work is counted as the
+multiply-adds (2 FLOPs each) of all matrix products, forward and backward, attention included at
+the causal half that it needs; nothing else counts, not even the embedding.
+
+Axes: B batch, T tokens, V vocabulary, C channels, H heads, D head size.
+"""
+import argparse
+import ctypes
+import os
+import statistics
+import sys
+import time
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from attention import attention  # noqa: E402
+from model import GPT, GPTConfig, decay_groups, generate  # noqa: E402
+
+B, T, V, C, L, H = 16, 256, 1024, 256, 4, 4
+CONFIG = GPTConfig(vocab_size=V, block_size=T, n_layer=L, n_head=H, n_embd=C)
+FP32, BF16 = torch.float32, torch.bfloat16
+
+
+def in_turns(rounds, **routes):
+    """Each function once a round, after one round to warm up -> {name: median seconds}."""
+    times = {name: [] for name in routes}
+    for _ in range(rounds + 1):
+        for name, run in routes.items():
+            start = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(each[1:]) for name, each in times.items()}
+
+
+def core_seconds():
+    """Seconds that our cores were busy so far, for anyone; 0 where that cannot be known."""
+    ours = {f"cpu{i}" for i in os.sched_getaffinity(0)}
+    rows = [line.split() for line in open("/proc/stat")] if os.path.exists("/proc/stat") else []
+    ticks = sum(sum(map(int, row[1:4] + row[6:9])) for row in rows if row[0] in ours)
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def gemm(m, k, n, dtype):
+    a, b = torch.randn(m, k, dtype=dtype), torch.randn(k, n, dtype=dtype)
+    return lambda: a @ b
+
+
+def peaks(rounds):
+    """Prints GFLOP/s of plain products -> the fp32 peak in FLOP/s."""
+    print("\nmatrix products, GFLOP/s         fp32    bf16")
+    best = 0
+    for m, k, n in [(2048, 2048, 2048), (B * T, C, 3 * C), (B * T, C, 4 * C), (B * T, 4 * C, C),
+                    (64, C, 4 * C)]:                                # the last: decoding 64 rows
+        seconds = in_turns(rounds, fp32=gemm(m, k, n, FP32), bf16=gemm(m, k, n, BF16))
+        rate = {name: 2 * m * k * n / s for name, s in seconds.items()}
+        print(f"  {f'{m} x {k} x {n}':28} {rate['fp32'] / 1e9:6.0f}  {rate['bf16'] / 1e9:6.0f}")
+        best = max(best, rate["fp32"])
+    return best
+
+
+def training_flops():
+    """Of one step: forward, and twice that backward."""
+    per_token = 12 * L * C * C + C * V      # c_attn, c_proj, c_fc, c_proj; the head
+    per_token += L * 2 * C * T / 2          # QKᵀ and weights·V, half of which causality needs
+    return 3 * 2 * per_token * B * T
+
+
+def trainer(route):
+    """A whole training step; "bf16 weights" computes with a bf16 copy of the fp32 weights."""
+    torch.manual_seed(0)
+    gpt, tokens = GPT(CONFIG), torch.randint(V, (B, T + 1))
+    optimizer = torch.optim.AdamW(decay_groups(gpt, 0.1), lr=1e-4, fused=True)
+
+    def step():
+        weights = dict(gpt.named_parameters())
+        if route == "bf16 weights":  # .to() is part of the graph: gradients arrive in fp32
+            weights = {name: p.to(BF16) for name, p in weights.items()}
+        with torch.autocast("cpu", BF16, enabled=route == "bf16 autocast"):
+            logits = torch.func.functional_call(gpt, weights, tokens[:, :-1])
+        F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return step
+
+
+def training(rounds, peak):
+    seconds = in_turns(rounds, **{r: trainer(r) for r in ("fp32", "bf16 autocast", "bf16 weights")})
+    print(f"\ntraining step, {L} layers, C={C}, B·T={B}·{T}, V={V}: "
+          f"{training_flops() / 1e9:.0f} GFLOP")
+    print("                               ms   tok/s   GFLOP/s  of the fp32 GEMM peak   x fp32")
+    for name, s in seconds.items():
+        rate = training_flops() / s
+        print(f"  {name:24} {s * 1e3:8.0f} {B * T / s:7.0f} {rate / 1e9:9.0f} {rate / peak:17.0%}"
+              f" {seconds['fp32'] / s:16.2f}")
+
+
+def attention_both_ways(rounds):
+    print(f"\ncausal attention, forward + backward, B·T={B * T}, ms      by hand   flash")
+    for dtype in (FP32, BF16):
+        for t in (128, 256, 512, 1024):
+            q, k, v = (torch.randn(B * T // t, H, t, C // H, dtype=dtype, requires_grad=True)
+                       for _ in range(3))
+
+            def run(flash):
+                return lambda: attention(q, k, v, causal=True, flash=flash).sum().backward()
+            ms = in_turns(rounds, hand=run(False), flash=run(True))
+            print(f"  {str(dtype)[6:]:9} T={t:<40} {ms['hand'] * 1e3:8.1f}"
+                  f" {ms['flash'] * 1e3:7.1f}")
+
+
+@torch.no_grad()
+def textbook(gpt, prompts, new):
+    """Generation as one first writes it: the whole text through the model for each new token."""
+    tokens = torch.tensor(prompts)
+    for _ in range(new):
+        probs = gpt(tokens)[:, -1].softmax(-1)
+        tokens = torch.cat([tokens, torch.multinomial(probs, 1)], 1)
+
+
+def generation(batch=64, prompt=64, new=128):
+    fp32, bf16 = (GPT(CONFIG).to(dtype).eval() for dtype in (FP32, BF16))
+    prompts = torch.randint(V, (batch, prompt)).tolist()
+    seconds = in_turns(1, **{                                       # the textbook takes a minute
+        "textbook loop, fp32": lambda: textbook(fp32, prompts, new),
+        "cache, fp32": lambda: generate(fp32, prompts, new),
+        "cache, bf16": lambda: generate(bf16, prompts, new)})
+    print(f"\ngeneration, C={C}, batch {batch}, prompt {prompt}, {new} new tokens     tok/s"
+          "   x textbook")
+    for name, s in seconds.items():
+        print(f"  {name:52} {batch * new / s:7.0f} {seconds['textbook loop, fp32'] / s:12.1f}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--threads", type=int, default=min(2, len(os.sched_getaffinity(0))))
+    parser.add_argument("--rounds", type=int, default=7)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    # Keep freed memory: else each big tensor is mapped anew, and the page faults take 3-12 %.
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-3, 32 << 20)      # M_MMAP_THRESHOLD, the most that glibc accepts
+        libc.mallopt(-1, 2 ** 31 - 1)   # M_TRIM_THRESHOLD
+    flags = open("/proc/cpuinfo").read() if os.path.exists("/proc/cpuinfo") else ""
+    print(f"PyTorch {torch.__version__}, {args.threads} threads,",
+          *(f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in flags),
+          f"- load average at the start {os.getloadavg()[0]:.1f}")
+    start, busy, own = time.perf_counter(), core_seconds(), time.process_time()
+    peak = peaks(args.rounds)
+    training(args.rounds, peak)
+    attention_both_ways(args.rounds)
+    generation()
+    foreign = core_seconds() - busy - (time.process_time() - own)
+    part = max(0, foreign / (time.perf_counter() - start) / args.threads)
+    print(f"\nforeign load on our cores: {part:.0%}"
+          + (" - WARNING: others were at work, do not trust these numbers" if part > 0.05 else ""))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""What each step bought: the stages of a run answer held-out prompts, and the exact judge decides.
+
+    python evaluate.py --config tiny
+
+Prints the table and writes it to <run>/evaluation.json, nested objects; an estimate is always {"mean", "low", "high",
+"n"}, with its 95 % interval. Temperature 1, except in the keys that end in _greedy. Rows: `base_few_shot` is the
+pretrained model, shown three examples of the category before each question; the others read the bare prompt.
+"""
+import json
+import math
+import os
+import time
+
+import torch
+
+import data
+import training
+import world
+from config import UserError, parse
+from model import generate
+from training import say
+
+SETS = {"test": "", "test_phrasing": "_unseen_phrasing", "test_combination": "_unseen_combination"}
+FEW_SHOT = "base_few_shot"
+
+
+def estimate(values):
+    """The mean of n numbers with its 95 % interval: Wilson's for a proportion, the normal one otherwise."""
+    n, mean = len(values), sum(values) / max(1, len(values))
+    if not n:                                   # nothing was measured, so nothing is excluded
+        return {"mean": 0.0, "low": 0.0, "high": 1.0, "n": 0}
+    z = 1.96
+    if all(v in (0, 1) for v in values):        # stays inside [0, 1], also where all are right
+        middle = (mean + z * z / (2 * n)) / (1 + z * z / n)
+        half = z * math.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    else:
+        middle, half = mean, z * math.sqrt(sum((v - mean) ** 2 for v in values) / max(1, n - 1) / n)
+    return {"mean": mean, "low": middle - half, "high": middle + half, "n": n}
+
+
+def few_shot_prompt(tokenizer, task, examples, room):
+    """Three worked examples of the category and then the question, as a document -> ids; fewer where room is short."""
+    def text(t, answer):
+        return f"Question: {t.prompt}\nAnswer: {answer}"
+    for n in range(len(examples), -1, -1):
+        ids = [tokenizer.end] + tokenizer.encode("\n\n".join([text(t, t.output) for t in examples[:n]] + [text(task, "")]))
+        if len(ids) <= room:
+            return ids
+    return ids[-room:]
+
+
+def respond(model, tokenizer, tasks, few_shot, temperature, config, cast):
+    """-> (answers, stopped): one answer to every task."""
+    if few_shot:
+        shown = world.tasks(9 * len(world.CATEGORIES), "train", config.seed + 1)
+        by_category = {c: [t for t in shown if t.category == c] for c in world.CATEGORIES}
+        prompts = [few_shot_prompt(tokenizer, t, by_category[t.category][i % 3::3], model.config.block_size - 64)
+                   for i, t in enumerate(tasks)]
+    else:
+        prompts = [data.encode_prompt(tokenizer, t.instruction, t.input, t.history) for t in tasks]
+    generator = torch.Generator(model.wte.weight.device).manual_seed(config.seed)
+    order = sorted(range(len(tasks)), key=lambda i: len(prompts[i]))        # equal lengths together: little padding
+    answers, stopped = [""] * len(tasks), [False] * len(tasks)
+    for start in range(0, len(order), config.batch_size):
+        part = order[start:start + config.batch_size]
+        with cast:
+            responses = generate(model, [prompts[i] for i in part], 100, temperature=temperature, eos=tokenizer.end,
+                                 generator=generator).responses
+        for i, response in zip(part, responses):
+            answers[i], stopped[i] = tokenizer.decode(response), response[-1:] == [tokenizer.end]
+            if few_shot and "\n\nQuestion:" in answers[i]:
+                answers[i], stopped[i] = answers[i].split("\n\nQuestion:")[0], True
+    return answers, stopped
+
+
+def tabulate(tasks, verdicts):
+    """The estimates of one stage on one set of prompts -> {name: {category: estimate}}."""
+    groups = {"overall": range(len(tasks))}
+    groups |= {c: [i for i, t in enumerate(tasks) if t.category == c] for c in world.CATEGORIES}
+    found = {name: {g: estimate([float(getattr(verdicts[i], attribute)) for i in members]) for g, members in groups.items()}
+             for name, attribute in (("accuracy", "right"), ("gold", "score"))}
+    for name in ("stopped", "plain", "kept"):
+        found[name] = estimate([float(getattr(v, name)) for v in verdicts])
+    unanswerable = [float(not v.supported) for t, v in zip(tasks, verdicts) if not t.answerable]
+    found["hallucination"] = estimate(unanswerable)
+    return found
+
+
+def show(title, results, stages):
+    """A table: a row for each stage, a column for each category."""
+    columns = ("overall", *world.CATEGORIES)
+    say(f"\n{title}\n" + " " * 16 + "".join(f"{c[:13]:>14}" for c in columns))
+    for stage in stages:
+        cells = [results[stage][c] for c in columns]
+        say(f"{stage:16}" + "".join(f"{100 * c['mean']:13.1f}%" for c in cells))
+
+
+def main():
+    config, _ = parse("evaluate", description=__doc__)
+    started, folder = time.perf_counter(), training.run_path(config)
+    training.set_up_cpu(config.threads)
+    device = training.pick_device(config.device)
+    cast = training.autocast(device, training.pick_dtype(config.dtype, device)[0])
+    stages = [s for s in ("base", "sft", "ppo_no_ptx", "ppo") if training.finished(folder, s)]
+    if not stages:
+        raise UserError(f"{folder} holds no model yet. Train one first: python sft.py --config tiny")
+    report = {"seed": config.seed, "seconds": {}, "pretraining_loss": {}}
+    sets = {name: world.tasks(config.per_category * len(world.CATEGORIES), name) for name in SETS}
+    for stage in stages:
+        model, tokenizer, facts = training.load_model(folder, stage, device)
+        report["seconds"][stage] = facts["seconds"]
+        label = FEW_SHOT if stage == "base" else stage
+        for set_name, suffix in SETS.items():
+            for temperature, greedy in ((1.0, ""), (0.0, "_greedy")):
+                training.progress(f"  {label}: {set_name}{greedy}")
+                answers, stopped = respond(model, tokenizer, sets[set_name], stage == "base", temperature, config, cast)
+                verdicts = world.judge_many(sets[set_name], answers, stopped)
+                for name, value in tabulate(sets[set_name], verdicts).items():
+                    report.setdefault(name + suffix + greedy, {})[label] = value
+    rows = list(report["accuracy"])
+    for key, title in (("accuracy", "accuracy (right), temperature 1"), ("accuracy_greedy", "accuracy, greedy"),
+                       ("gold", "gold (mean score), temperature 1"), ("gold_greedy", "gold, greedy"),
+                       ("accuracy_unseen_phrasing", "accuracy, phrasings never trained on, temperature 1"),
+                       ("accuracy_unseen_combination", "accuracy, combinations never trained on, temperature 1")):
+        show(title, report[key], rows)
+    say()
+    for name in ("plain", "stopped", "hallucination"):
+        say(f"{name:14}" + "   ".join(f"{row} {100 * report[name][row]['mean']:.1f} %" for row in rows))
+    beside = folder / "evaluation.json.tmp"
+    beside.write_text(json.dumps(report, indent=1), encoding="utf8")
+    os.replace(beside, folder / "evaluation.json")
+    say(f"\n{report['accuracy'][rows[0]]['overall']['n']} prompts a set; all numbers with their 95 % intervals are in "
+        f"{folder / 'evaluation.json'} ({time.perf_counter() - started:.0f} s)")
+
+
+if __name__ == "__main__":
+    training.command(main)

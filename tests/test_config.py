@@ -1,0 +1,114 @@
+"""The command line is made from the dataclasses; what cannot work is said in one line, before anything is computed."""
+from dataclasses import fields
+
+import pytest
+
+import config
+from config import UserError, parse
+
+FIRST = [("sft", "--pretrain-steps", "17"), ("sample", "--num-samples", "5"), ("evaluate", "--per-category", "23")]
+
+
+@pytest.mark.parametrize("step, flag, value", FIRST)
+def test_where_a_value_comes_from(step, flag, value):
+    """Command line before preset before default, and `origin` says which it was."""
+    name = flag[2:].replace("-", "_")
+    found, origin = parse(step, [flag, value])
+    assert getattr(found, name) == int(value) and origin[name] == "command line"
+    default, origin = parse(step, [])
+    assert getattr(default, name) == next(f.default for f in fields(default) if f.name == name)
+    assert origin["seed"] == "default"
+
+
+def test_a_preset_changes_defaults_and_yields_to_the_command_line():
+    for preset, steps in config.PRESETS.items():
+        for step, changes in steps.items():
+            found, origin = parse(step, ["--config", preset])
+            assert all(getattr(found, k) == v and origin[k] == "preset" for k, v in changes.items())
+    found, origin = parse("sft", ["--config", "gpt2", "--n-layer", "3"])
+    assert found.n_layer == 3 and origin["n_layer"] == "command line" and found.n_embd == 768
+
+
+@pytest.mark.parametrize("argv", [["--pretrain-steps", "7"], ["--pretrain_steps", "7"], ["--pretrain-steps=7"],
+                                  ["--pretrain_steps=7"], ["--pretrain-steps", "7", "--seed", "3"]])
+def test_snake_and_kebab_case(argv):
+    assert parse("sft", argv)[0].pretrain_steps == 7
+
+
+def test_underscores_are_changed_in_flags_only():
+    """A path keeps its underscores, also after "="; a number may have them."""
+    found, _ = parse("sft", ["--out=my_run/a_b", "--data", "some_file.txt", "--pretrain_docs", "1_000_000"])
+    assert (found.out, found.data, found.pretrain_docs) == ("my_run/a_b", "some_file.txt", 1_000_000)
+
+
+def test_switches():
+    assert parse("sft", ["--resume"])[0].resume is True
+    assert parse("sft", ["--resume", "no"])[0].resume is False
+    assert parse("sample", ["--chat", "--seed", "2"])[0].chat is True
+
+
+@pytest.mark.parametrize("step, argv, words", [
+    ("sft", ["--pretrain-step", "5"], ["--pretrain-step", "--pretrain-steps"]),     # names the nearest flag
+    ("sft", ["--batchsize", "5"], ["--batch-size"]),
+    ("sample", ["--temprature", "1"], ["--temperature", "python sample.py --help"]),
+    ("sft", ["tiny"], ["tiny"]),
+    ("sft", ["--config", "tinny"], ["tinny", "tiny, small, gpt2", "Did you mean tiny?"]),
+    ("sft", ["--config"], ["--config"]),                                            # no value
+    ("sft", ["--pretrain-steps", "many"], ["--pretrain-steps", "int", "many"]),
+    ("sft", ["--lr", "fast"], ["--lr", "float"]),
+    ("sft", ["--lr", "nan"], ["--lr"]),
+    ("sft", ["--lr=-1"], ["--lr"]),
+    ("sft", ["--n-layer", "0"], ["--n-layer", "at least 1"]),
+    ("sft", ["--epochs", "0"], ["--epochs"]),
+    ("sft", ["--accumulate", "0"], ["--accumulate"]),
+    ("sft", ["--n-embd", "30"], ["--n-embd 30", "--n-head 4"]),
+    ("sft", ["--dtype", "fp16"], ["--dtype", "auto, fp32, bf16"]),
+    ("sft", ["--tokenizer", "gpt-2"], ["bpe, gpt2", "Did you mean gpt2?"]),
+    ("sft", ["--ptx-share", "1"], ["--ptx-share"]),         # 1 would leave no demonstrations
+    ("sft", ["--sft-dropout", "1.5"], ["--sft-dropout"]),
+    ("sft", ["--resume", "perhaps"], ["--resume", "bool"]),
+    ("sft", ["--resume", "--fresh"], ["--resume", "--fresh"]),
+    ("sample", ["--top-p", "0"], ["--top-p"]),
+    ("sample", ["--top-p", "1.5"], ["--top-p"]),
+    ("sample", ["--num-samples", "0"], ["--num-samples"]),
+])
+def test_what_cannot_work_is_one_line(step, argv, words):
+    """One line that names the flag and the remedy; never a traceback, never a page of usage."""
+    with pytest.raises(UserError) as error:
+        parse(step, argv)
+    message = str(error.value)
+    assert "\n" not in message and all(word in message for word in words), message
+
+
+def test_through_the_command_line(run):
+    """Exit code 2 and one line."""
+    for script, argv in (("sft", ["--pretrain-step", "5"]), ("sample", ["--config", "tinny"]), ("evaluate", ["--seed", "x"])):
+        done = run(script, *argv)
+        assert done.code == 2 and done.out.startswith("error: ") and done.out.count("\n") == 1, done.out
+
+
+@pytest.mark.parametrize("step", config.CONFIGS)
+def test_help_lists_every_flag_with_its_default(step, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(step, ["--help"])
+    shown = capsys.readouterr().out
+    assert stop.value.code == 0
+    for field in fields(config.CONFIGS[step]):
+        assert "--" + field.name.replace("_", "-") in shown
+    assert f"default {config.CONFIGS[step]().seed!r}" in shown
+
+
+def test_a_config_cannot_be_changed_by_accident():
+    with pytest.raises(AttributeError):
+        parse("sft", [])[0].lr = 1.0
+
+
+def test_what_is_shown_is_complete():
+    """The resolved config is printed once; of what is at work nothing is left out."""
+    found, origin = parse("sft", ["--config", "small", "--lr", "0.25"])
+    shown = config.show(found, origin)
+    assert "lr=0.25" in shown.split("preset:")[0] and "n_embd=384" in shown.split("preset:")[1].split("default:")[0]
+    for field in fields(found):
+        if getattr(found, field.name) not in ("", False):
+            assert f" {field.name}={getattr(found, field.name)}" in shown
+    assert max(map(len, shown.splitlines())) <= 120

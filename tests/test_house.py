@@ -1,0 +1,72 @@
+"""The house: a file imports only files above it, nothing but the promised packages, and it can be read on a screen."""
+import ast
+import sys
+
+import pytest
+from conftest import ROOT
+
+ORDER = ("config", "attention", "model", "sandbox", "data", "world", "training", "sft", "reward", "ppo", "sample", "evaluate")
+PACKAGES = {"torch", "numpy", "tiktoken"}
+DRAWING = {"matplotlib"}            # only inside the function that draws
+SCRIPTS = {"sft", "reward", "ppo", "sample", "evaluate"}
+WIDTH, FUNCTION, MAIN, LINES = 125, 60, 80, 3000
+
+FILES = [name for name in ORDER if (ROOT / f"{name}.py").exists()]
+
+
+def source(name):
+    return (ROOT / f"{name}.py").read_text(encoding="utf8")
+
+
+def imports(tree):
+    """[(top-level name of the module, is it imported at the top of the file?)]"""
+    at_top = set(map(id, tree.body))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name.split(".")[0], id(node) in at_top) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "no relative imports: there is no package"
+            yield node.module.split(".")[0], id(node) in at_top
+
+
+def test_every_file_has_its_place():
+    """A new file at the top level must be put into the reading order, here and in the README."""
+    assert {p.stem for p in ROOT.glob("*.py")} <= set(ORDER)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_imports_only_files_above_it(name):
+    """Reading order is import order: who reads top to bottom never meets a name that comes later."""
+    above = ORDER[:ORDER.index(name)]
+    for module, at_top in imports(ast.parse(source(name))):
+        if module in ORDER:
+            assert module in above, f"{name}.py imports {module}.py, which comes later"
+        elif module in DRAWING:
+            assert not at_top, f"{name}.py needs {module} before anything is drawn"
+        else:
+            assert module in PACKAGES or module in sys.stdlib_module_names, f"{name}.py imports {module}"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_fits_the_screen(name):
+    """Lines of at most WIDTH characters, functions of one screen."""
+    text = source(name)
+    wide = [f"{name}.py:{i} has {len(line)}" for i, line in enumerate(text.splitlines(), 1) if len(line) > WIDTH]
+    assert not wide, wide
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            length = node.end_lineno - node.lineno + 1
+            assert length <= (MAIN if node.name == "main" else FUNCTION), f"{name}.{node.name}: {length} lines"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_says_what_it_is_for(name):
+    """And so does every class; equations need the words beside them."""
+    tree = ast.parse(source(name))
+    assert ast.get_docstring(tree)
+    if name in SCRIPTS:
+        assert "training.command(main)" in source(name), "a UserError must end in one line, not in a traceback"
+
+
+def test_the_whole_is_short():
+    assert sum(len(source(name).splitlines()) for name in FILES) <= LINES
