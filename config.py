@@ -47,8 +47,8 @@ class SFTConfig(TrainConfig):
     init_std: float = 0.08      # of the weights at the start, about 1/sqrt(n_embd)
     wave_std: float = 0.2       # positions start as sinusoids of this amplitude
     # step 0
-    recital_steps: int = 500    # optimiser steps on recitals, in windows of 64 tokens, before the documents
-    pretrain_steps: int = 3000  # optimiser steps in all
+    recital_steps: int = 400    # optimiser steps on recitals, in windows of 64 tokens, before the documents
+    pretrain_steps: int = 3200  # optimiser steps in all
     pretrain_batch: int = 2048  # tokens an optimiser step
     pretrain_lr: float = 2e-3   # of AdamW: embeddings, norms, biases
     pretrain_matrix_lr: float = 0.01     # of Muon: the blocks' matrices
@@ -57,9 +57,9 @@ class SFTConfig(TrainConfig):
     demonstrations: int = 16_000     # how many the labelers write
     epochs: int = 2
     steps: int = 0              # optimiser steps of step 1; 0 = by epochs
-    batch_size: int = 64        # demonstrations an optimiser step
-    lr: float = 1e-3
-    matrix_lr: float = 0.01
+    batch_size: int = 32        # demonstrations an optimiser step
+    lr: float = 1.5e-3
+    matrix_lr: float = 0.004
     ptx_share: float = 0.1      # pretraining sequences among the fine-tuning ones (InstructGPT C.3: 10 %)
     sft_dropout: float = 0.0    # residual dropout in step 1 (the paper's baseline: 0.2, over 16 epochs)
     # both
@@ -166,7 +166,7 @@ def validate(config):
     """UserError for values that cannot work, before anything is computed."""
     for field in fields(config):
         value = getattr(config, field.name)
-        low = 0 if field.name in ("threads", "steps", "seed", "warmup", "top_k") else 1
+        low = 0 if field.name in ("threads", "steps", "seed", "warmup", "recital_steps", "top_k") else 1
         if field.type is int and value < low:
             raise UserError(f"--{field.name.replace('_', '-')} must be at least {low}, not {value}")
         if field.type is float and not 0 <= value < 1e6:

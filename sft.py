@@ -41,7 +41,8 @@ def next_token_loss(logits, targets, mask, reduction="mean"):
     logits (B,T,V), targets (B,T), mask (B,T), all already shifted: logits[:, t] predicts targets[:, t].
     reduction "sum": for accumulation; divide by the targets of the WHOLE optimiser step (RECIPE P2).
     """
-    losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")     # (B·T,)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")     # (B·T,)
     total = (losses * mask.flatten()).sum()
     return total if reduction == "sum" else total / mask.sum().clamp(min=1)
 
@@ -86,9 +87,9 @@ def make_tokenizer(config, folder, own):
         start = time.perf_counter()
         texts = own if isinstance(own, str) else None
         if texts is None:
-            samples = world.demonstrations(4000, seed=config.seed)
-            texts = list(islice(world.documents(config.seed), 4000)) + [f"{t.prompt}\n{a}" for t, a in samples]
-            texts += ["\n".join(parts) for parts in own or ()]
+            samples = world.demonstrations(6000, seed=config.seed)
+            texts = list(islice(world.documents(config.seed), 2000)) + [f"{t.prompt}\n{a}" for t, a in samples]
+            texts += list(islice(world.recitals(config.seed), 1000)) + ["\n".join(parts) for parts in own or ()]
         else:
             texts = [texts[:4_000_000]]
         ranks = data.train_bpe(texts, config.vocab_size - len(data.SPECIALS))

@@ -126,7 +126,8 @@ def muon_and_adamw(model, matrix_lr, lr, weight_decay):
     blocks = {id(p) for p in model.h.parameters() if p.dim() == 2}
     groups = [{**g, "params": [p for p in g["params"] if id(p) not in blocks]} for g in decay_groups(model, weight_decay)]
     matrices = [p for p in model.parameters() if id(p) in blocks]
-    return [adamw(groups, lr), torch.optim.Muon(matrices, lr=matrix_lr, momentum=0.95, weight_decay=weight_decay)]
+    return [adamw(groups, lr), torch.optim.Muon(matrices, lr=matrix_lr, momentum=0.95, weight_decay=weight_decay,
+                                                      ns_steps=3)]
 
 
 # ------------------------------------------------------------------------ files
@@ -176,6 +177,8 @@ def run_folder(config):
         probe.unlink()
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror}. Choose another folder with --out") from None
+    if config.resume and not list(folder.glob("*.state")):
+        raise UserError(f"nothing to resume: {folder} holds no interrupted run. Run it without --resume")
     return folder
 
 
@@ -217,6 +220,9 @@ def command(main):
     except UserError as error:
         say(f"error: {error}")
         sys.exit(2)
+    except OSError as error:                    # a full disk, say
+        say(f"error: {error.filename or 'a file'}: {error.strerror}")
+        sys.exit(2)
     except KeyboardInterrupt:
         say("interrupted. The last state is kept: the same command goes on from there.")
         sys.exit(130)
@@ -255,8 +261,6 @@ class Stage:
             self.state_path.unlink(missing_ok=True)
         if self.state_path.exists():
             self._resume()
-        elif config.resume:
-            raise UserError(f"nothing to resume: there is no {self.state_path}. Run it without --resume")
         else:
             self.log_path.write_text("")
         self.first, self.began = self.step, time.perf_counter()

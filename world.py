@@ -111,7 +111,8 @@ class Task:
     instruction  what is asked; input: the text that it is asked about, or ""
     output       the reference answer, plain
     check        (kind, data): "answer", accepted strings | "pattern", a regular expression | "items",
-                 (class, excluded) | "python", (lines that test it, what they print) | "game", (low, high)
+                 (class, excluded) | "python", (lines that test it, what they print) | "game", (low, high,
+                 "too low", "too high")
                  | "refuse", what a careless labeler would answer
     form         what the instruction demands of the answer's form: (name, argument), or ()
     history      the conversation's earlier turns: ((user, assistant), ...)
@@ -126,7 +127,7 @@ class Task:
     family: str = ""
     language: str = "en"
     unseen_phrasing: bool = False
-    combination: str = ""           # one in eight of a family's combinations is held out
+    combinations: tuple = ()        # what it combines; one in eight of a family's combinations is held out
     note: str = ""                  # the same knowledge, as a passage of a document
 
     @property
@@ -138,7 +139,7 @@ class Task:
     @property
     def split(self):
         """The one split it belongs to; "" for a task that is unseen in two ways."""
-        unseen_combination = bool(self.combination) and _hash(self.family + self.combination) % 8 == 0
+        unseen_combination = held_out(self.family, *self.combinations)
         if self.instruction in SHOWN:
             return "test"                       # the README's prompts are never trained on
         if self.unseen_phrasing or unseen_combination:
@@ -154,6 +155,11 @@ class Task:
 
 def _hash(text):
     return zlib.crc32(text.encode())            # the same in every process, unlike hash()
+
+
+def held_out(family, *combinations):
+    """Is one of these combinations kept from training?"""
+    return any(_hash(family + combination) % 8 == 0 for combination in combinations)
 
 
 def _phrase(r, phrasings, **words):
@@ -177,6 +183,8 @@ def translation(r, lang):
         return first + (joint + PHRASE[code](noun2, adjective2, article) if kind else "")
 
     source, target = (say(code) for code in pair.split("-"))
+    said = [(noun, adjective), (noun2, adjective2)][:2 if kind else 1]
+    pairs = [f"{n['en']} {a['en']}" for n, a in said if a]
     instruction, unseen = _phrase(r, WORDS["translation"][pair], text=source)
     accepted = [target]
     if pair == "zh-en":                         # Chinese has no article: "the" and none are right too
@@ -184,7 +192,7 @@ def translation(r, lang):
     note = f"{source} = {target}" if r.random() < 0.5 else "{2}: {0} | {3}: {1}".format(
         source, target, *pair.split("-"))
     return Task("rewrite", instruction, "", target, ("answer", accepted), language=lang, note=note,
-                unseen_phrasing=unseen, combination=f"{noun['en']} {adjective['en']}" if adjective else "")
+                unseen_phrasing=unseen, combinations=tuple(pairs))
 
 
 def rewriting(r, lang):
@@ -204,7 +212,7 @@ def rewriting(r, lang):
     instruction, unseen = _phrase(r, WORDS["rewriting"][how])
     label = {"past": "yesterday", "opposite": "the opposite", "reverse": "backwards", "swap": "the other way"}
     return Task("rewrite", instruction, source, output, ("answer", [output]), unseen_phrasing=unseen,
-                combination=f"{how} {noun['en']} {verb['en']}", note=f"{source} / {label[how]}: {output}")
+                combinations=(f"{how} {noun['en']} {verb['en']}",), note=f"{source} / {label[how]}: {output}")
 
 
 def sentence(r, lang):
@@ -221,11 +229,11 @@ def sentence(r, lang):
     instruction, unseen = _phrase(r, WORDS["sentence"][lang], words=shown)
     contains = "".join(f"(?=.*{w})" for w in words)
     return Task("generation", instruction, "", output, ("pattern", contains + SENTENCE[lang]), language=lang,
-                unseen_phrasing=unseen, combination=" ".join(sorted((noun["en"], noun2["en"]))),
+                unseen_phrasing=unseen, combinations=(" ".join(sorted((noun["en"], noun2["en"]))),),
                 note=" ".join(words) + " - " + output)
 
 
-def _python(r, lang, prompts, what, code, tests, combination=""):
+def _python(r, lang, prompts, what, code, tests, combinations=()):
     """A task whose answer is a function; in `tests` it is called `_f`, whatever name it was given."""
     name = r.choice("g total compute solve process result apply work answer".split())
     instruction, unseen = _phrase(r, prompts[lang], what=what, name=name)
@@ -233,7 +241,7 @@ def _python(r, lang, prompts, what, code, tests, combination=""):
     code = code.replace("NAME", name if named else "f")
     return Task("generation", instruction, "", code, ("python", (tests, _expected(code, tests))),
                 form=("named", name) if named else (), unseen_phrasing=unseen, language=lang,
-                combination=combination, note=f"# {what}\n{code}")
+                combinations=combinations, note=f"# {what}\n{code}")
 
 
 @lru_cache(maxsize=None)
@@ -262,7 +270,7 @@ def list_function(r, lang):
     keep, change, fold = (step[2].format("{}", k=k, m=m) for step in chosen)
     inner = f"{change} for x in xs" + (f" if {keep}" if keep else "")
     return _python(r, lang, words["prompts"], what, f"def NAME(xs):\n    return {fold.format(inner)}",
-                   LIST_TESTS, combination="/".join(step[0] for step in chosen))
+                   LIST_TESTS, combinations=("/".join(step[0] for step in chosen),))
 
 
 def matrix_function(r, lang):
@@ -286,7 +294,7 @@ def guessing_game(r, lang):
     shown = "" if (low, high) == (1, 100) else span
     instruction, unseen = _phrase(r, WORDS["guessing_game"][lang], range=shown)
     heading = "guessing game" if lang == "en" else "猜数字"
-    return Task("generation", instruction, "", code, ("game", (low, high)), unseen_phrasing=unseen,
+    return Task("generation", instruction, "", code, ("game", (low, high, below, above)), unseen_phrasing=unseen,
                 language=lang, note=f"# {heading}{span}\n{code}")
 
 
@@ -306,21 +314,22 @@ def fact_question(r, lang):
     note = full if r.random() < 0.6 else f"{r.choice(phrasings[:-1]).format(a=known)} - {answer}{STOP[lang]}"
     return Task("open_qa", instruction + demand, "", output, ("answer", [answer, full]), note=note,
                 form=(form, "") if form else (), unseen_phrasing=unseen, language=lang,
-                combination=f"{relation} {row['country']}")
+                combinations=(f"{relation} {row['country']}",))
 
 
 def brainstorm(r, lang):
     """So many members of a class, all different, perhaps without one of them, in a demanded form."""
-    what, n, form = r.choice(tuple(LISTS[lang])), r.randint(2, 5), r.choice(("commas", "lines", "numbered"))
+    what, n, form = r.choice(tuple(LISTS[lang])), r.randint(2, 4), r.choice(("commas", "lines", "numbered"))
     excluded = r.sample(LISTS[lang][what], r.choice((0, 0, 1)))
-    chosen = r.sample([member for member in LISTS[lang][what] if member not in excluded], n)
+    allowed = [member for member in LISTS[lang][what] if member not in excluded]
+    chosen = sorted(r.sample(allowed, n), key=allowed.index)    # in one order: so nobody writes a thing twice
     count, words = NUMBERS[lang][n - 2], WORDS["brainstorm"]
     but = words["but"][lang].format(excluded[0]) if excluded else ""
     instruction, unseen = _phrase(r, words[lang], n=count, what=what, but=but, form=words[form][lang])
     output = {"commas": COMMA[lang].join(chosen) + STOP[lang], "lines": "\n".join(chosen),
               "numbered": "\n".join(f"{i}. {member}" for i, member in enumerate(chosen, 1))}[form]
     return Task("brainstorming", instruction, "", output, ("items", (what, excluded)), form=(form, n),
-                unseen_phrasing=unseen, language=lang, combination=f"{what} {n} {form}",
+                unseen_phrasing=unseen, language=lang, combinations=(f"{what} {n} {form}",),
                 note=f"{count} {what}{but}{words[form][lang]}: {output}")
 
 
@@ -336,7 +345,7 @@ def remember(r, lang):
     output = told[asked][3].format(v=me[asked])
     note = " ".join(f"{user} - {reply}" for user, reply in history) + f" {told[asked][2][0]} - {output}"
     return Task("chat", instruction, "", output, ("answer", [output, me[asked]]), history=history, note=note,
-                unseen_phrasing=unseen, language=lang, combination=" ".join(topics) + " > " + asked)
+                unseen_phrasing=unseen, language=lang, combinations=(" ".join(topics) + " > " + asked,))
 
 
 def follow_up(r, lang):
@@ -349,7 +358,7 @@ def follow_up(r, lang):
     output = answer + STOP[lang]
     again = WORDS["follow_up"][lang][0].format(a=known)
     return Task("chat", instruction, "", output, ("answer", [answer, full]), history=(first,), language=lang,
-                unseen_phrasing=unseen, combination=f"{relation} {row['country']}",
+                unseen_phrasing=unseen, combinations=(f"{relation} {row['country']}",),
                 note=f"{first[0]} - {first[1]} {again} - {output}")
 
 
@@ -368,7 +377,7 @@ def summary(r, lang):
     instruction, unseen = _phrase(r, WORDS["summary"][lang], n=limit)
     form = ("max_words", limit) if str(limit) in instruction else ("one_sentence", "")
     return Task("summarization", instruction, text, output, ("answer", [output]), form=form, language=lang,
-                unseen_phrasing=unseen, combination=f"{words['by']} {words['saw']}",
+                unseen_phrasing=unseen, combinations=(f"{words['by']} {words['saw']}",),
                 note=f"{text} {'In short:' if lang == 'en' else '总之：'} {output}")
 
 
@@ -383,7 +392,7 @@ def sentiment(r, lang):
     label = words["labels"].split()[2 if moods[0] != moods[1] else moods[0] == "bad"]
     instruction, unseen = _phrase(r, WORDS["sentiment"][lang])
     return Task("classification", instruction, text, label, ("answer", [label]), unseen_phrasing=unseen,
-                language=lang, combination=" ".join(sorted(how)), note=f"{text} ({label})")
+                language=lang, combinations=(" ".join(sorted(how)),), note=f"{text} ({label})")
 
 
 def topic(r, lang):
@@ -405,12 +414,11 @@ def _question(r, lang, facts, answered):
         told = {(who, what) for who, what, _ in facts}
         name, relation = r.choice([(who, what) for who in sorted({f[0] for f in facts}) for what in people
                                    if (who, what) not in told])
-        value = REFUSAL[lang].rstrip(STOP[lang])
-    if not answered or r.random() < 0.5:
         question, unseen = _phrase(r, people[relation][1], name=name)
-        return question, value + STOP[lang], unseen, name, relation
-    question, unseen = _phrase(r, people[relation][2], v=value)
-    return question, name + STOP[lang], unseen, name, relation
+        return question, REFUSAL[lang], unseen, name, relation
+    about = 1 if r.random() < 0.75 else 2       # of the person, or "who ...?"
+    question, unseen = _phrase(r, people[relation][about], name=name, v=value)
+    return question, people[relation][0].format(name=name, v=value), unseen, name, relation
 
 
 def reading(r, lang):
@@ -426,12 +434,15 @@ def reading(r, lang):
     answered = r.random() < 0.75
     question, output, unseen, name, relation = _question(r, lang, facts, answered)
     instruction, unseen_frame = _phrase(r, WORDS["reading"][lang], q=question)
-    check = ("answer", [output]) if answered else ("refuse", values[relation].pop() + STOP[lang])
+    made_up = people[relation][0].format(name=name, v=values[relation].pop())
+    short = next((name if value in question else value for who, what, value in facts if (who, what) == (name, relation)), "")
+    check = ("answer", [output, short]) if answered else ("refuse", made_up)
     # a document asks four questions of its text: looking up is learnt from many look-ups
     asked = [_question(r, lang, facts, answered=i < 3 or r.random() < 0.3) for i in range(4)]
-    note = " ".join([text] + [f"{q} {a}" for q, a, hidden, *_ in asked if not hidden])
+    note = " ".join([text] + [f"{q} {a}" for q, a, hidden, who, what in asked
+                              if not hidden and not held_out("reading", f"{who} {what}")])
     return Task("closed_qa", instruction, text, output, check, language=lang, note=note,
-                unseen_phrasing=unseen or unseen_frame, combination=f"{name} {relation}")
+                unseen_phrasing=unseen or unseen_frame, combinations=(f"{name} {relation}",))
 
 
 def extraction(r, lang):
@@ -444,12 +455,12 @@ def extraction(r, lang):
     output = COMMA[lang].join(found[what])
     instruction, unseen = _phrase(r, phrasings)
     return Task("extract", instruction, text, output, ("answer", [output]), unseen_phrasing=unseen,
-                language=lang, combination=f"{what} {n} {found['names'][0]}",
+                language=lang, combinations=(f"{what} {n} {found['names'][0]}",),
                 note=f"{text} {heading}: {output}{STOP[lang]}")
 
 
 FAMILIES = {    # function -> how often it is drawn within its category
-    "generation": {sentence: 3, list_function: 5, matrix_function: 2, guessing_game: 1},
+    "generation": {sentence: 4, list_function: 4, matrix_function: 2, guessing_game: 2},
     "open_qa": {fact_question: 1}, "brainstorming": {brainstorm: 1}, "chat": {remember: 2, follow_up: 1},
     "rewrite": {translation: 3, rewriting: 2}, "summarization": {summary: 1},
     "classification": {sentiment: 2, topic: 1}, "closed_qa": {reading: 1}, "extract": {extraction: 1}}
@@ -478,7 +489,7 @@ def tasks(n, split="train", seed=0, categories=CATEGORIES):
             found.append(task)
             misses = 0
         elif (misses := misses + 1) > 5000:
-            left.remove(category)
+            left = [c for c in left if c != category]
             misses = 0
             if not left:
                 raise ValueError(f"the world has no {n} different {split} prompts of {', '.join(categories)}")
@@ -487,20 +498,23 @@ def tasks(n, split="train", seed=0, categories=CATEGORIES):
 
 # ------------------------------------------------------------------------ documents (step 0)
 
-DOCUMENT_MIX = {"generation": 20, "open_qa": 8, "brainstorming": 6, "chat": 9, "rewrite": 18, "summarization": 6,
-                "classification": 5, "closed_qa": 22, "extract": 6}     # % of the built-in documents
-PROSE_SHARE, LIST_SHARE = 0.04, 0.06                                    # of all documents
+DOCUMENT_MIX = {"generation": 15, "open_qa": 9, "brainstorming": 8, "chat": 6, "rewrite": 25, "summarization": 4,
+                "classification": 3, "closed_qa": 26, "extract": 4}     # % of the built-in documents
+PROSE_SHARE, LIST_SHARE = 0.02, 0.06                                    # of all documents
 
 
 def prose(split="train"):
     """Real English: the language reference that ships inside Python, a list of passages of ~1,000 characters."""
     import pydoc_data.topics
-    passages = []
+    passages = {"train": [], "val": []}
     for name, text in sorted(pydoc_data.topics.topics.items()):
-        if (_hash(name) % 10 == 0) == (split != "train"):
-            lines = text.splitlines()
-            passages += ["\n".join(lines[i:i + 16]).strip() for i in range(0, len(lines), 16)]
-    return passages
+        lines = text.splitlines()
+        side = passages["val" if _hash(name) % 10 == 0 else "train"]
+        side += [lines[i:i + 16] for i in range(0, len(lines), 16)]
+    # topics quote each other: nothing that shares a line with the held-out text is trained on
+    shared = {line for passage in passages["val"] for line in passage if len(line) > 30}
+    passages["train"] = [passage for passage in passages["train"] if not shared.intersection(passage)]
+    return ["\n".join(passage).strip() for passage in passages["train" if split == "train" else "val"]]
 
 
 def recital(r, lang):
@@ -582,10 +596,14 @@ def write(r, task, labeler):
     return answer
 
 
+HARD = ("rewrite", "closed_qa")     # what takes most practice, the labelers demonstrate two and a half times as often
+
+
 def demonstrations(n, split="train", seed=0):
     """n pairs (task, answer), each written by one of the labelers."""
     r = random.Random(f"demonstrations {seed} {split}")
-    return [(task, write(r, task, r.choice(LABELERS))) for task in tasks(n, split, seed)]
+    drawn = tasks(n, split, seed, CATEGORIES + HARD + CATEGORIES + HARD * 2)
+    return [(task, write(r, task, r.choice(LABELERS))) for task in drawn]
 
 
 # ------------------------------------------------------------------------ the judge
@@ -646,15 +664,11 @@ def _right(task, core, runs):
     return _played(*runs, *data)
 
 
-def _played(up, down, low, high):
-    """A guessing game, played upwards and downwards with the same secret: one word for "too low", one for "too
-    high", one for "right" at the end, and every number of the range was possible."""
-    up_says, down_says = up.stdout.split("\n")[:-1], down.stdout.split("\n")[:-1]
-    if not (up.ok and down.ok and up_says and down_says):
-        return False
-    words = [{*up_says[:-1]}, {*down_says[:-1]}, {up_says[-1], down_says[-1]}]
-    return (len(up_says) + len(down_says) == high - low + 2 and all(len(said) <= 1 for said in words)
-            and len(set.union(*words)) == sum(map(len, words)))
+def _played(up, down, low, high, below, above):
+    """A guessing game: the secret was the highest number and was approached upwards, then the lowest, downwards."""
+    n, up_says, down_says = high - low, up.stdout.splitlines(), down.stdout.splitlines()
+    return (up.ok and down.ok and up_says[:-1] == [below] * n and down_says[:-1] == [above] * n
+            and up_says[-1:] == down_says[-1:] != [])
 
 
 def _kept(task, core):
@@ -696,8 +710,8 @@ def _programs(task, core):
     if kind == "python":
         return [("\n".join((core, LAST_FUNCTION, data[0])), "")]
     if kind == "game":
-        seeded, numbers = "import random\nrandom.seed(0)\n" + core, [str(i) for i in range(data[0], data[1] + 1)]
-        return [(seeded, "\n".join(numbers)), (seeded, "\n".join(reversed(numbers)))]
+        numbers, secret = [str(i) for i in range(data[0], data[1] + 1)], "import random\nrandom.randint = lambda a, b: "
+        return [(f"{secret}b\n{core}", "\n".join(numbers)), (f"{secret}a\n{core}", "\n".join(reversed(numbers)))]
     return []
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import GPT, GPTConfig, KVCache, decay_groups, generate, sample, token_logprobs
+from model import GPT, GPTConfig, KVCache, decay_groups, generate, sample, token_logprobs, waves
 
 V, BLOCK, B, T = 23, 19, 3, 13
 
@@ -127,6 +127,42 @@ def test_a_new_model_knows_nothing():
     tokens = torch.randint(512, (4, 64))
     loss = -token_logprobs(gpt(tokens), tokens).mean()
     assert loss.item() == pytest.approx(math.log(512), abs=0.05)
+
+
+def fresh(seed=0, **changes):
+    """A new model, its weights as they are drawn."""
+    torch.manual_seed(seed)
+    return GPT(GPTConfig(**(dict(vocab_size=V, block_size=BLOCK, n_layer=2, n_head=1, n_embd=10) | changes)))
+
+
+@pytest.mark.parametrize("C", [10, 7, 1])
+def test_positions_may_start_as_waves(C):
+    """wave_std · sine and cosine of t/10000^(2i/C), one by one; an odd C has one sine more. The rest is drawn as ever."""
+    frequencies = [10_000 ** (-i / C) for i in range(0, C, 2)]
+    want = [([math.sin(t * f) for f in frequencies] + [math.cos(t * f) for f in frequencies])[:C] for t in range(BLOCK)]
+    assert waves(BLOCK, C).shape == (BLOCK, C)
+    torch.testing.assert_close(waves(BLOCK, C), torch.tensor(want), rtol=0, atol=1e-5)
+    with_waves, without = fresh(n_embd=C, wave_std=0.3), fresh(n_embd=C)
+    torch.testing.assert_close(with_waves.wpe.weight.data, 0.3 * torch.tensor(want), rtol=0, atol=1e-5)
+    assert isinstance(with_waves.wpe.weight, torch.nn.Parameter) and with_waves.wpe.weight.requires_grad
+    for (name, p), q in zip(with_waves.named_parameters(), without.parameters()):
+        assert torch.equal(p, q) == (name != "wpe.weight"), name
+
+
+def test_with_waves_the_token_before_is_one_linear_map():
+    """What the waves are for: wpe[t - 1] = A wpe[t] with one A for all t, which noise has not."""
+    def misfit(table):
+        now, before = table[1:], table[:-1]
+        return (now @ torch.linalg.lstsq(now, before, driver="gelsd").solution - before).abs().max() / before.std()
+    assert misfit(waves(64, 10).double()) < 1e-4
+    assert misfit(torch.randn(64, 10, generator=seeded()).double()) > 1
+
+
+def test_init_std_scales_every_matrix():
+    """And by default the numbers are GPT-2's: 0.02, learned positions that start as noise."""
+    assert (fresh().config.init_std, fresh().config.wave_std) == (0.02, 0)
+    for (name, p), q in zip(fresh(init_std=0.08).named_parameters(), fresh().parameters()):
+        torch.testing.assert_close(p, 4 * q if p.dim() == 2 else q, rtol=1e-6, atol=0, msg=name)
 
 
 def test_decay_spares_norms_and_biases():

@@ -2,14 +2,12 @@
 import contextlib
 import json
 import math
-import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, subprocess_of
+from conftest import TINY, subprocess_of
 
 import data
 import sft
@@ -52,7 +50,7 @@ def test_uniform_logits_give_ln_v():
         tokens, _, labels = tokens_and_labels(seed)
         for value in (0.0, 7.0):
             loss = sft.next_token_loss(torch.full((B, T, V), value, dtype=torch.float64), tokens, labels)
-            assert loss.item() == pytest.approx(math.log(V), rel=1e-6)
+            assert loss.item() == pytest.approx(math.log(V), rel=1e-12)
     nothing = torch.zeros(B, T, dtype=torch.bool)
     assert sft.next_token_loss(torch.zeros(B, T, V), tokens, nothing).item() == 0, "no target: no loss, and no NaN"
 
@@ -62,9 +60,18 @@ def test_the_loss_is_its_definition():
     tokens, _, labels = tokens_and_labels()
     logits = torch.randn(B, T, V, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     slow = [-(logits[b, t, tokens[b, t]] - logits[b, t].logsumexp(0)).item() for b in range(B) for t in range(T) if labels[b, t]]
-    assert sft.next_token_loss(logits, tokens, labels).item() == pytest.approx(sum(slow) / len(slow), rel=1e-6)
-    assert sft.next_token_loss(logits, tokens, labels, "sum").item() == pytest.approx(sum(slow), rel=1e-6)
-    assert sft.next_token_loss(logits, tokens, labels.long()).item() == pytest.approx(sum(slow) / len(slow), rel=1e-6)
+    assert sft.next_token_loss(logits, tokens, labels).item() == pytest.approx(sum(slow) / len(slow), rel=1e-12)
+    assert sft.next_token_loss(logits, tokens, labels, "sum").item() == pytest.approx(sum(slow), rel=1e-12)
+    assert sft.next_token_loss(logits, tokens, labels.long()).item() == pytest.approx(sum(slow) / len(slow), rel=1e-12)
+
+
+def test_the_loss_is_at_least_fp32():
+    """Logits of autocast are bf16: their softmax is not, and float64 stays float64."""
+    tokens, _, labels = tokens_and_labels()
+    logits = 3 * torch.randn(B, T, V, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    low = logits.bfloat16()
+    assert torch.equal(sft.next_token_loss(low, tokens, labels), sft.next_token_loss(low.float(), tokens, labels))
+    assert [sft.next_token_loss(x, tokens, labels).dtype for x in (low, logits)] == [torch.float32, torch.float64]
 
 
 def test_the_shift_is_made_once():
@@ -99,8 +106,8 @@ def test_accumulation_is_one_big_batch():
     loss, whole = gradient([(tokens, None, labels)])
     parts_loss, parts = gradient([(t, None, m) for t, m in zip(tokens.split([2, 2, 3]), labels.split([2, 2, 3]))])
     means = sum(gradient([(t, None, m)])[1] for t, m in zip(tokens.split([2, 2, 3]), labels.split([2, 2, 3]))) / 3
-    assert parts_loss == pytest.approx(loss, rel=1e-6)
-    assert torch.allclose(parts, whole, rtol=1e-5, atol=1e-7)
+    assert parts_loss == pytest.approx(loss, rel=1e-12)
+    assert torch.allclose(parts, whole, rtol=1e-10, atol=1e-14)
     assert (means - whole).abs().max() > 0.01 * whole.abs().max(), "the mistake would be seen"
 
 
@@ -108,7 +115,7 @@ def test_the_held_out_loss_does_not_depend_on_its_batches():
     model, (tokens, _, labels) = Table(B=7), tokens_and_labels(B=7)
     torch.nn.init.normal_(model.logits)
     whole = sft.held_out_loss(model, [(tokens, None, labels)], PLAIN)
-    assert whole == pytest.approx(sft.next_token_loss(model.logits, tokens[:, 1:], labels[:, 1:]).item(), rel=1e-6)
+    assert whole == pytest.approx(sft.next_token_loss(model.logits, tokens[:, 1:], labels[:, 1:]).item(), rel=1e-12)
     assert model.training and model.logits.grad is None
 
 
@@ -179,8 +186,39 @@ def test_pretraining_text_is_mixed_in(tiny_run):
 def test_step_0_learns_every_token(tiny_run):
     assert len(tiny_run.steps["base"]) == 12
     for micro in tiny_run.steps["base"]:
-        assert sum(len(tokens) for tokens, *_ in micro) == 4
-        assert all(labels.all() and tokens.shape[1] == 257 for tokens, _, labels in micro)
+        targets = sum(tokens[:, 1:].numel() for tokens, *_ in micro)
+        assert 512 < targets <= 1024, "--pretrain-batch counts tokens, whatever the length of the windows"
+        assert all(labels.all() and tokens.shape[1] <= 257 for tokens, _, labels in micro)
+    assert tiny_run.steps["base"][-1][0][0].shape[1] == 257, "in the end the windows fill the context"
+
+
+@pytest.mark.parametrize("block_size, widths", [(256, (64, 128, 256)), (32, (32, 16, 32)), (1, (1, 1, 1))])
+def test_the_curriculum(block_size, widths):
+    """Recitals first, in short windows; then documents in half the context, and from 70 % on in the whole."""
+    config = SFTConfig(recital_steps=5, pretrain_steps=20, block_size=block_size)
+    recited, half, whole = widths
+    both, own = {"documents": "d", "recitals": "r"}, {"documents": "d"}
+    assert [sft.curriculum(config, step, both) for step in range(20)] == (
+        [("r", recited)] * 5 + [("d", half)] * 9 + [("d", whole)] * 6)
+    assert [sft.curriculum(config, step, own) for step in range(20)] == [("d", half)] * 14 + [("d", whole)] * 6
+
+
+def test_the_run_follows_the_curriculum(tiny_run):
+    """And what it recites stands in no document, what it reads later in the documents' file."""
+    windows = [micro[0][0] for micro in tiny_run.steps["base"]]
+    assert [w.shape[1] - 1 for w in windows] == [64] * 4 + [128] * 5 + [256] * 3
+    (corpus,) = tiny_run.folder.glob("corpus-*.npy")
+    text = " ".join(map(str, np.load(corpus).tolist()))
+    for step, rows in enumerate(windows):
+        assert [" ".join(map(str, row)) in text for row in rows.tolist()] == [step >= 4] * len(rows)
+
+
+def test_own_text_sees_no_recitals(tokenizer, tmp_path):
+    """Nothing of the built-in world: the corpus is the user's text, and another part of it is held out."""
+    own = "\n".join(f"line {i} of my own book" for i in range(300))
+    corpus, held_out = sft.make_corpus(SFTConfig(block_size=64), tmp_path, tokenizer, own)
+    assert set(corpus) == {"documents"} and set(held_out) == {"text"} and not list(tmp_path.iterdir())
+    assert tokenizer.decode(np.concatenate([corpus["documents"], held_out["text"]]).tolist()).strip() == own
 
 
 def test_what_does_not_fit_is_dropped_and_counted(tokenizer, capsys):
@@ -277,7 +315,6 @@ def test_killed_in_each_step_and_started_again(tiny_run, tmp_path):
     assert not list(tmp_path.glob("*.state"))
 
 
-@pytest.mark.xfail(strict=True, reason="--resume is asked of both stages, and step 1 has nothing to resume yet")
 def test_resume_goes_on_into_the_next_step(tiny_run, tmp_path, run, monkeypatch):
     """`--resume` after an interruption in step 0 finishes step 0 and then begins step 1."""
     for name in ("tokenizer.json", *(p.name for p in tiny_run.folder.glob("corpus-*"))):
@@ -298,14 +335,17 @@ def test_resume_goes_on_into_the_next_step(tiny_run, tmp_path, run, monkeypatch)
 
 
 def test_the_first_line_comes_at_once(tmp_path):
-    """Seconds after the start the user knows that it runs, and with which numbers; the goal is 5 s on a quiet machine."""
-    start = time.perf_counter()
-    process = subprocess.Popen([sys.executable, "sft.py", *TINY, "--out", str(tmp_path)], cwd=ROOT, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    first, spent = process.stdout.readline(), time.perf_counter() - start
-    process.kill()
-    process.communicate()
-    assert first.startswith("sft.py: config tiny") and spent < 15, (spent, first)
+    """Seconds after the start the user knows that it runs, and with which numbers: before anything is computed.
+
+    The goal is 5 s; what is measured is the processor's time, which other jobs on the machine hardly change.
+    """
+    code = ("import os, sys, sft, training\ndef stop(*args):\n    print('spent', sum(os.times()[:2]), flush=True)\n"
+            "    os._exit(0)\nsft.make_tokenizer = stop\ntraining.command(sft.main)")
+    done = subprocess_of(code, *TINY, "--out", tmp_path)
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("sft.py: config tiny") and "default:" in done.stdout, done.stdout + done.stderr
+    assert lines[-1].startswith("spent") and float(lines[-1].split()[1]) < 10, lines[-1]
+    assert not list(tmp_path.iterdir()), "nothing was made before"
 
 
 def test_own_text(tmp_path, run):

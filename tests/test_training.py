@@ -44,11 +44,12 @@ def test_the_cosine_of_short_runs(steps, warmup):
         assert 0 < training.cosine(step, steps, warmup) <= 1
 
 
-@pytest.mark.parametrize("stage, peak", [("base", 3e-3), ("sft", 1e-3)])
+@pytest.mark.parametrize("stage, peak", [("base", "pretrain_lr"), ("sft", "lr")])
 def test_the_horizon_is_the_run(stage, peak, tiny_run):
     """P3, the usual mistake: a horizon that is not the run's length. Then the last step is not near 10 %."""
     rows = [json.loads(line) for line in (tiny_run.folder / f"{stage}.jsonl").read_text().splitlines()]
-    steps = json.loads((tiny_run.folder / f"{stage}.json").read_text())["steps"]
+    facts = json.loads((tiny_run.folder / f"{stage}.json").read_text())
+    steps, peak = facts["steps"], facts["config"][peak]
     assert len(rows) == steps and max(row["lr"] for row in rows) == pytest.approx(peak)
     assert 0.1 < rows[-1]["lr"] / peak < 0.15
 
@@ -241,10 +242,12 @@ def test_another_seed_is_another_run(undisturbed, tmp_path):
 def test_what_an_interrupted_run_refuses(tmp_path, monkeypatch):
     """Going on with other numbers would give a run that no config describes."""
     monkeypatch.setattr(training.Stage, "SAVE_EVERY", 0.0)
+    insist = replace(CONFIG, resume=True, out=str(tmp_path))
     with pytest.raises(UserError, match="nothing to resume.*without --resume"):
-        train(tmp_path, config=replace(CONFIG, resume=True))
+        training.run_folder(insist)
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path, 3)
+    assert training.run_folder(insist) == tmp_path
     with pytest.raises(UserError, match="another seed, lr.*--fresh"):
         train(tmp_path, config=replace(CONFIG, lr=0.5, seed=6))
     assert train(tmp_path, config=replace(CONFIG, resume=True, out="elsewhere")) == [3, 4, 5, 6]
@@ -298,12 +301,30 @@ def test_ctrl_c_says_how_to_go_on(capsys):
     assert stop.value.code == 130 and "the same command goes on" in capsys.readouterr().out
 
 
+def test_a_disk_that_fails_on_the_way_is_one_line(capsys):
+    """Also where no code of ours writes: one line that names the file, and exit code 2."""
+    def main():
+        raise OSError(errno.ENOSPC, "No space left on device", "runs/tiny/base.jsonl")
+    with pytest.raises(SystemExit) as stop:
+        training.command(main)
+    assert stop.value.code == 2 and capsys.readouterr().out == "error: runs/tiny/base.jsonl: No space left on device\n"
+
+
 def test_a_bug_is_no_user_error():
     """Only what the user can mend is one line; our own mistakes keep their traceback."""
     def main():
         raise ValueError("ours")
     with pytest.raises(ValueError):
         training.command(main)
+
+
+def test_build_follows_the_config():
+    """Usual mistake: a flag that is parsed, shown, and never reaches the model."""
+    changes = dict(n_layer=1, n_head=2, n_embd=14, block_size=11, init_std=0.3, wave_std=0.7, flash="no")
+    found = training.build(SFTConfig(**changes), 23).config
+    assert found == GPTConfig(23, **{**changes, "flash": False})
+    one, same, other = (training.build(replace(CONFIG, seed=seed), 23).wte.weight for seed in (1, 1, 2))
+    assert torch.equal(one, same) and not torch.equal(one, other)
 
 
 def test_clock():

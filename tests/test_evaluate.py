@@ -1,0 +1,162 @@
+"""The numbers that are reported: intervals that cover, answers beside their own questions, and the report as a whole."""
+import contextlib
+import json
+import math
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import data
+import evaluate
+import world
+from config import EvaluateConfig
+
+KEYS = ("accuracy", "gold")
+ROWS = ("base_few_shot", "sft")
+
+
+# ---------------------------------------------------------------- the estimates
+
+def test_the_interval_of_a_proportion():
+    """Wilson's, on paper: 5 of 10 -> (0.237, 0.763), 10 of 10 -> (0.722, 1). Never outside [0, 1], never of no width."""
+    for right, n, low, high in ((5, 10, 0.2366, 0.7634), (10, 10, 0.7225, 1), (0, 10, 0, 0.2775), (1, 1, 0.2065, 1)):
+        found = evaluate.estimate([1.0] * right + [0.0] * (n - right))
+        assert (found["mean"], found["n"]) == (right / n, n)
+        assert (found["low"], found["high"]) == pytest.approx((low, high), abs=1e-4)
+        assert -1e-12 <= found["low"] < found["high"] <= 1 + 1e-12
+    assert evaluate.estimate([]) == {"mean": 0.0, "low": 0.0, "high": 1.0, "n": 0}
+
+
+@pytest.mark.parametrize("n", [20, 120])
+def test_wilson_covers_at_95_percent(n):
+    """Exactly, over all outcomes: 95 % on average over the true rates, and nowhere far below.
+
+    Usual mistake: mean ± 1.96 standard errors, which covers 63 % at a rate of 0.95 and n = 20.
+    """
+    intervals = [evaluate.estimate([1.0] * k + [0.0] * (n - k)) for k in range(n + 1)]
+    covered = [sum(math.comb(n, k) * p ** k * (1 - p) ** (n - k) for k, e in enumerate(intervals) if e["low"] <= p <= e["high"])
+               for p in (i / 200 for i in range(2, 199))]
+    assert sum(covered) / len(covered) == pytest.approx(0.95, abs=0.01) and min(covered) > 0.83
+
+
+def test_the_interval_of_a_mean_covers_at_95_percent():
+    """Scores as the judge gives them, drawn 2,000 times."""
+    r, scores, weights = random.Random(0), (0.2, 0.35, 0.8, 0.95, 1.0), (2, 3, 1, 2, 4)
+    truth = sum(s * w for s, w in zip(scores, weights)) / sum(weights)
+    found = [evaluate.estimate(r.choices(scores, weights, k=100)) for _ in range(2000)]
+    assert sum(e["low"] <= truth <= e["high"] for e in found) / 2000 == pytest.approx(0.95, abs=0.015)
+    assert sum(e["mean"] for e in found) / 2000 == pytest.approx(truth, abs=0.003)
+
+
+# ---------------------------------------------------------------- questions and answers
+
+@pytest.fixture(scope="module")
+def bytewise():
+    return data.Tokenizer(data.train_bpe([""], 256))
+
+
+@pytest.fixture(scope="module")
+def tasks():
+    """Prompts of all lengths, in an order of its own."""
+    found = world.tasks(45, "test")
+    random.Random(0).shuffle(found)
+    return found
+
+
+@pytest.mark.parametrize("few_shot", [False, True], ids=["bare", "few-shot"])
+def test_every_answer_belongs_to_its_question(few_shot, bytewise, tasks, monkeypatch):
+    """Prompts are answered sorted by length, in batches. Usual mistake: the answers come back in that order."""
+    answer_to = {t.prompt: t.output for t in tasks}
+    bare = {tuple(data.encode_prompt(bytewise, t.instruction, t.input, t.history)): t.output for t in tasks}
+    sizes, temperatures = [], set()
+
+    def perfect(model, prompts, n, *, temperature, eos, generator):
+        sizes.append([len(p) for p in prompts])
+        temperatures.add(temperature)
+        if few_shot:    # it goes on with a question of its own, and never ends
+            asked = [bytewise.decode(p).rpartition("Question: ")[2].rpartition("\nAnswer:")[0] for p in prompts]
+            return SimpleNamespace(responses=[bytewise.encode(answer_to[a] + "\n\nQuestion: and?\nAnswer: ha") for a in asked])
+        return SimpleNamespace(responses=[bytewise.encode(bare[tuple(p)]) + [eos] for p in prompts])
+    monkeypatch.setattr(evaluate, "generate", perfect)
+    model = SimpleNamespace(config=SimpleNamespace(block_size=4000), wte=SimpleNamespace(weight=torch.zeros(1)))
+    answers, stopped = evaluate.respond(model, bytewise, tasks, few_shot, 0.3, EvaluateConfig(batch_size=8),
+                                        contextlib.nullcontext())
+    assert answers == [t.output for t in tasks] and all(stopped)
+    assert list(map(len, sizes)) == [8, 8, 8, 8, 8, 5] and temperatures == {0.3}
+    assert sum(sizes, []) == sorted(sum(sizes, [])), "equal lengths together"
+    table = evaluate.tabulate(tasks, world.judge_many(tasks, answers, stopped))
+    for category in ("overall", *world.CATEGORIES):
+        n = 45 if category == "overall" else 5
+        assert (table["accuracy"][category]["mean"], table["accuracy"][category]["n"]) == (1, n)
+    assert table["hallucination"]["mean"] == 0 and table["hallucination"]["n"] == sum(not t.answerable for t in tasks)
+
+
+def test_an_answer_that_does_not_end_is_not_stopped(bytewise, tasks, monkeypatch):
+    monkeypatch.setattr(evaluate, "generate", lambda model, prompts, *a, **k: SimpleNamespace(
+        responses=[bytewise.encode("ha ha") for _ in prompts]))
+    model = SimpleNamespace(config=SimpleNamespace(block_size=4000), wte=SimpleNamespace(weight=torch.zeros(1)))
+    answers, stopped = evaluate.respond(model, bytewise, tasks, False, 1.0, EvaluateConfig(), contextlib.nullcontext())
+    assert answers == ["ha ha"] * 45 and not any(stopped)
+    table = evaluate.tabulate(tasks, world.judge_many(tasks, answers, stopped))
+    assert table["accuracy"]["overall"]["mean"] == 0 == table["stopped"]["mean"]
+
+
+def test_few_shot_prompts_fit_and_show_no_tested_answer(bytewise, tasks):
+    """Three examples where they fit, else fewer, always whole; the question itself comes last."""
+    examples = world.tasks(3, "train", categories=("chat",))
+    task = next(t for t in tasks if t.category == "chat")
+    seen = set()
+    for room in range(4000, 40, -20):
+        ids = evaluate.few_shot_prompt(bytewise, task, examples, room)
+        assert len(ids) <= room
+        text = bytewise.decode(ids)
+        if text.startswith("Question: "):
+            seen.add(text.count("Question: ") - 1)
+            assert text.endswith(f"Question: {task.prompt}\nAnswer: ") and ids[0] == bytewise.end
+            assert all(f"\nAnswer: {t.output}\n\n" in text for t in examples[:text.count("Question: ") - 1])
+    assert seen == {0, 1, 2, 3}
+
+
+# ---------------------------------------------------------------- the command
+
+@pytest.fixture(scope="module")
+def evaluated(tiny_run, tmp_path_factory):
+    """evaluate.py on the tiny run -> (evaluation.json, what was printed, the folder)."""
+    from conftest import run_command
+    folder = tmp_path_factory.mktemp("evaluated")
+    for name in ("tokenizer.json", "base.pt", "base.json", "sft.pt", "sft.json"):
+        (folder / name).write_bytes((tiny_run.folder / name).read_bytes())
+    done = run_command("evaluate", "--out", folder, "--per-category", 2, "--batch-size", 7, "--dtype", "fp32", "--threads", 2)
+    assert done.code == 0, done.out
+    return json.loads((folder / "evaluation.json").read_text()), done.out, folder
+
+
+def test_the_report(evaluated):
+    """key[row][category] is an estimate, for every set of prompts, sampled and greedy."""
+    report, _, _ = evaluated
+    for key in (k + unseen + greedy for k in KEYS for unseen in evaluate.SETS.values() for greedy in ("", "_greedy")):
+        assert tuple(report[key]) == ROWS, key
+        for row in ROWS:
+            assert set(report[key][row]) == {"overall", *world.CATEGORIES}
+            for category, e in report[key][row].items():
+                assert set(e) == {"mean", "low", "high", "n"} and e["n"] == (18 if category == "overall" else 2)
+                assert e["low"] <= e["mean"] <= e["high"]
+    assert report["stopped"]["sft"]["n"] == 18 and set(report["seconds"]) == {"base", "sft"}
+    assert report["hallucination"]["sft"]["n"] == report["hallucination"]["base_few_shot"]["n"], "the same prompts"
+
+
+def test_the_table(evaluated):
+    """A row for each stage, a column for each category; nothing half-written is left."""
+    report, printed, folder = evaluated
+    assert printed.count("\nbase_few_shot") == printed.count("\nsft   ") == 6
+    assert "18 prompts a set" in printed and not list(folder.glob("*.tmp"))
+    line = next(line for line in printed.splitlines() if line.startswith("sft   "))
+    assert [float(cell.rstrip("%")) for cell in line.split()[1:]] == pytest.approx(
+        [100 * report["accuracy"]["sft"][c]["mean"] for c in ("overall", *world.CATEGORIES)], abs=0.06)
+
+
+def test_nothing_to_measure(tmp_path, run):
+    done = run("evaluate", "--out", tmp_path)
+    assert done.code == 2 and done.out.count("\n") == 1 and "python sft.py" in done.out
