@@ -48,18 +48,18 @@ class SFTConfig(TrainConfig):
     wave_std: float = 0.2       # positions start as sinusoids of this amplitude
     # step 0
     recital_steps: int = 400    # optimiser steps on recitals, in windows of 64 tokens, before the documents
-    pretrain_steps: int = 3200  # optimiser steps in all
+    pretrain_steps: int = 3000  # optimiser steps in all
     pretrain_batch: int = 2048  # tokens an optimiser step
     pretrain_lr: float = 2e-3   # of AdamW: embeddings, norms, biases
-    pretrain_matrix_lr: float = 0.01     # of Muon: the blocks' matrices
+    pretrain_matrix_lr: float = 0.008    # of Muon: the blocks' matrices
     pretrain_docs: int = 4_000_000   # tokens of different text to make; more steps than that read it again
     # step 1
     demonstrations: int = 16_000     # how many the labelers write
-    epochs: int = 2
+    epochs: int = 3
     steps: int = 0              # optimiser steps of step 1; 0 = by epochs
     batch_size: int = 32        # demonstrations an optimiser step
     lr: float = 1.5e-3
-    matrix_lr: float = 0.004
+    matrix_lr: float = 0.003
     ptx_share: float = 0.1      # pretraining sequences among the fine-tuning ones (InstructGPT C.3: 10 %)
     sft_dropout: float = 0.0    # residual dropout in step 1 (the paper's baseline: 0.2, over 16 epochs)
     # both

@@ -51,13 +51,15 @@ def few_shot_prompt(tokenizer, task, examples, room):
 
 def respond(model, tokenizer, tasks, few_shot, temperature, config, cast):
     """-> (answers, stopped): one answer to every task."""
+    context = model.config.block_size
     if few_shot:
         shown = world.tasks(9 * len(world.CATEGORIES), "train", config.seed + 1)
         by_category = {c: [t for t in shown if t.category == c] for c in world.CATEGORIES}
-        prompts = [few_shot_prompt(tokenizer, t, by_category[t.category][i % 3::3], model.config.block_size - 64)
-                   for i, t in enumerate(tasks)]
+        room = max(context - 64, context // 2)
+        prompts = [few_shot_prompt(tokenizer, t, by_category[t.category][i % 3::3], room) for i, t in enumerate(tasks)]
     else:
-        prompts = [data.encode_prompt(tokenizer, t.instruction, t.input, t.history) for t in tasks]
+        # what is longer than the context loses its beginning
+        prompts = [data.encode_prompt(tokenizer, t.instruction, t.input, t.history)[1 - context:] for t in tasks]
     generator = torch.Generator(model.wte.weight.device).manual_seed(config.seed)
     order = sorted(range(len(tasks)), key=lambda i: len(prompts[i]))        # equal lengths together: little padding
     answers, stopped = [""] * len(tasks), [False] * len(tasks)
@@ -86,13 +88,11 @@ def tabulate(tasks, verdicts):
     return found
 
 
-def show(title, results, stages):
-    """A table: a row for each stage, a column for each category."""
-    columns = ("overall", *world.CATEGORIES)
-    say(f"\n{title}\n" + " " * 16 + "".join(f"{c[:13]:>14}" for c in columns))
-    for stage in stages:
-        cells = [results[stage][c] for c in columns]
-        say(f"{stage:16}" + "".join(f"{100 * c['mean']:13.1f}%" for c in cells))
+def show(title, columns, rows):
+    """A table: columns [name], rows {stage: [estimate]}, in percent."""
+    say(f"\n{title}\n" + " " * 14 + "".join(f"{name:>11}" for name in columns))
+    for stage, estimates in rows.items():
+        say(f"{stage:14}" + "".join(f"{100 * e['mean']:10.1f}%" for e in estimates))
 
 
 def main():
@@ -117,15 +117,16 @@ def main():
                 verdicts = world.judge_many(sets[set_name], answers, stopped)
                 for name, value in tabulate(sets[set_name], verdicts).items():
                     report.setdefault(name + suffix + greedy, {})[label] = value
-    rows = list(report["accuracy"])
-    for key, title in (("accuracy", "accuracy (right), temperature 1"), ("accuracy_greedy", "accuracy, greedy"),
-                       ("gold", "gold (mean score), temperature 1"), ("gold_greedy", "gold, greedy"),
-                       ("accuracy_unseen_phrasing", "accuracy, phrasings never trained on, temperature 1"),
-                       ("accuracy_unseen_combination", "accuracy, combinations never trained on, temperature 1")):
-        show(title, report[key], rows)
-    say()
-    for name in ("plain", "stopped", "hallucination"):
-        say(f"{name:14}" + "   ".join(f"{row} {100 * report[name][row]['mean']:.1f} %" for row in rows))
+    rows, columns = list(report["accuracy"]), ("overall", *world.CATEGORIES)
+    names = [name.replace("tion", ".").replace("ing", ".")[:10] for name in columns]
+    show("accuracy at temperature 1", names, {row: [report["accuracy"][row][c] for c in columns] for row in rows})
+    show("accuracy, greedy", names, {row: [report["accuracy_greedy"][row][c] for c in columns] for row in rows})
+    keys = {"accuracy": "accuracy", "phrasing": "accuracy_unseen_phrasing", "combinat.": "accuracy_unseen_combination",
+            "gold": "gold", "greedy": "gold_greedy"}
+    more = {"plain": "plain", "stopped": "stopped", "made up": "hallucination"}
+    show("overall: accuracy, also on unseen phrasings and combinations; gold (mean score), also greedy; habits and ends",
+         [*keys, *more], {row: [report[key][row]["overall"] for key in keys.values()]
+                          + [report[key][row] for key in more.values()] for row in rows})
     beside = folder / "evaluation.json.tmp"
     beside.write_text(json.dumps(report, indent=1), encoding="utf8")
     os.replace(beside, folder / "evaluation.json")
