@@ -95,11 +95,12 @@ class EvaluateConfig(CommandConfig):
 PRESETS = {     # preset -> step -> what it changes
     "tiny": {},                 # minutes on a laptop CPU
     "small": {                  # 11 M parameters: an hour of a GPU
-        "sft": dict(vocab_size=4096, block_size=512, n_layer=6, n_head=6, n_embd=384, pretrain_steps=5000,
+        "sft": dict(init_std=0.05, vocab_size=4096, block_size=512, n_layer=6, n_head=6, n_embd=384, pretrain_steps=5000,
                     pretrain_batch=32_768, pretrain_lr=1e-3, pretrain_docs=20_000_000, demonstrations=60_000, lr=5e-4)},
     "gpt2": {                   # GPT-2's shape and tokenizer, 124 M parameters: for your own data and a GPU
-        "sft": dict(tokenizer="gpt2", block_size=1024, n_layer=12, n_head=12, n_embd=768, pretrain_steps=20_000,
-                    pretrain_batch=131_072, accumulate=4, pretrain_lr=6e-4, pretrain_docs=20_000_000, lr=1e-4, warmup=500)}}
+        "sft": dict(init_std=0.02, wave_std=0.0, tokenizer="gpt2", block_size=1024, n_layer=12, n_head=12,
+                    n_embd=768, pretrain_steps=20_000, pretrain_batch=131_072, accumulate=4, pretrain_lr=6e-4,
+                    pretrain_docs=20_000_000, lr=1e-4, warmup=500)}}
 CONFIGS = {"sft": SFTConfig, "sample": SampleConfig, "evaluate": EvaluateConfig}
 
 

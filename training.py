@@ -184,7 +184,7 @@ def run_folder(config):
 
 # ------------------------------------------------------------------------ what the user sees
 
-_line = 0       # how many characters of a progress line stand on the terminal
+_line, _last = 0, 0.0       # how many characters of a progress line stand on the terminal; when the last one was shown
 
 
 def say(text=""):
@@ -197,10 +197,12 @@ def say(text=""):
 
 
 def progress(text):
-    """One line that the next one replaces; where the output is no terminal, a line like any other."""
-    global _line
+    """One line that the next one replaces; where the output is no terminal, now and then a line like any other."""
+    global _line, _last
     if not sys.stdout.isatty():
-        print(text, flush=True)
+        if time.perf_counter() - _last > 5:
+            _last = time.perf_counter()
+            print(text, flush=True)
         return
     sys.stdout.write("\r" + text.ljust(_line))
     sys.stdout.flush()
@@ -220,6 +222,8 @@ def command(main):
     except UserError as error:
         say(f"error: {error}")
         sys.exit(2)
+    except BrokenPipeError:                     # python sample.py ... | head -1
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:                    # a full disk, say
         say(f"error: {error.filename or 'a file'}: {error.strerror}")
         sys.exit(2)
