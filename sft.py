@@ -162,6 +162,17 @@ def curriculum(config, step, corpus):
     return corpus["documents"], config.block_size if late else max(config.block_size // 2, 1)
 
 
+def gradient_seconds(model, tokens, cast):
+    """How long the gradient of one step takes here, measured on the second of two; leaves the model as it was."""
+    for _ in range(2):
+        start = time.perf_counter()
+        with cast:
+            logits = model(tokens[:, :-1])
+        next_token_loss(logits, tokens[:, 1:], torch.ones_like(tokens[:, 1:])).backward()
+        model.zero_grad(set_to_none=True)
+    return time.perf_counter() - start
+
+
 def pretrain(config, folder, model, corpus, held_out, cast, device):
     """Step 0: -log π(token | before), every token of the text a target."""
     adamw, muon = both = training.muon_and_adamw(model, config.pretrain_matrix_lr, config.pretrain_lr, config.weight_decay)
@@ -254,6 +265,11 @@ def main():
         model = training.build(config, tokenizer.size).to(device)
         say(f"step 0: pretrain {model.num_params():,} parameters for {config.pretrain_steps} steps of "
             f"{config.pretrain_batch} tokens")
+        text, T = curriculum(config, config.pretrain_steps, corpus)
+        batch = data.windows(text, T, max(1, config.pretrain_batch // T), 0).to(device)
+        seconds = gradient_seconds(model, batch, cast)
+        say(f"  a step's gradient takes {1000 * seconds:.0f} ms here, so all of them {training.clock(seconds * config.pretrain_steps)},"
+            " and about half as much again the optimiser; Ctrl-C keeps what is done")
         pretrain(config, folder, model, corpus, held_out, cast, device)
     if only_text:
         say(f"done in {training.clock(time.perf_counter() - started)}. Continue the text with: "
@@ -263,7 +279,9 @@ def main():
     ask = [(d[0], d[1]) for d in own[:60:20]] if own else [(prompt, "") for prompt in world.SHOWN]
     say(f"step 1: fine-tune on {len(examples[0]):,} demonstrations, {config.epochs} times")
     finetune(config, folder, model, tokenizer, examples, corpus, cast, device, ask)
-    say(f"done in {training.clock(time.perf_counter() - started)}.")
+    say(f"done in {training.clock(time.perf_counter() - started)}. Next:\n"
+        f"  python sample.py --out {folder} --prompt \"...\"     ask it\n"
+        f"  python evaluate.py --out {folder}                 measure it on held-out prompts")
 
 
 if __name__ == "__main__":
