@@ -268,8 +268,8 @@ def main():
         text, T = curriculum(config, config.pretrain_steps, corpus)
         batch = data.windows(text, T, max(1, config.pretrain_batch // T), 0).to(device)
         seconds = gradient_seconds(model, batch, cast)
-        say(f"  a step's gradient takes {1000 * seconds:.0f} ms here, so all of them {training.clock(seconds * config.pretrain_steps)},"
-            " and about half as much again the optimiser; Ctrl-C keeps what is done")
+        say(f"  about {training.clock(seconds * config.pretrain_steps)} by the speed of its first gradient "
+            f"({1000 * seconds:.0f} ms); Ctrl-C keeps what is done")
         pretrain(config, folder, model, corpus, held_out, cast, device)
     if only_text:
         say(f"done in {training.clock(time.perf_counter() - started)}. Continue the text with: "
