@@ -120,8 +120,8 @@ def adamw(groups, lr):
 def muon_and_adamw(model, matrix_lr, lr, weight_decay):
     """Muon (Jordan 2024) for the blocks' matrices, AdamW for embeddings, norms and biases -> [adamw, muon].
 
-    Muon steps by the nearest orthogonal matrix to the momentum, so that a rare direction learns as fast as a common
-    one: looking a word up in the context is found in some hundred steps, where AdamW alone needs thousands.
+    Muon steps by (about) the nearest orthogonal matrix to the momentum, so that a rare direction learns as fast as a common
+    one: random lists of 128 words, repeated, are copied after 250 steps, which AdamW had not begun to do after 400.
     """
     blocks = {id(p) for p in model.h.parameters() if p.dim() == 2}
     groups = [{**g, "params": [p for p in g["params"] if id(p) not in blocks]} for g in decay_groups(model, weight_decay)]
