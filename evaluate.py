@@ -6,9 +6,7 @@ Prints the table and writes it to <run>/evaluation.json, nested objects; an esti
 "n"}, with its 95 % interval. Temperature 1, except in the keys that end in _greedy. Rows: `base_few_shot` is the
 pretrained model, shown three examples of the category before each question; the others read the bare prompt.
 """
-import json
 import math
-import os
 import time
 
 import torch
@@ -104,7 +102,7 @@ def main():
     stages = [s for s in ("base", "sft", "ppo_no_ptx", "ppo") if training.finished(folder, s)]
     if not stages:
         raise UserError(f"{folder} holds no model yet. Train one first: python sft.py --config tiny")
-    report = {"seed": config.seed, "seconds": {}, "pretraining_loss": {}}
+    report = {"seed": config.seed, "seconds": {}}
     sets = {name: world.tasks(config.per_category * len(world.CATEGORIES), name) for name in SETS}
     for stage in stages:
         model, tokenizer, facts = training.load_model(folder, stage, device)
@@ -127,9 +125,7 @@ def main():
     show("overall: accuracy, also on unseen phrasings and combinations; gold (mean score), also greedy; habits and ends",
          [*keys, *more], {row: [report[key][row]["overall"] for key in keys.values()]
                           + [report[key][row] for key in more.values()] for row in rows})
-    beside = folder / "evaluation.json.tmp"
-    beside.write_text(json.dumps(report, indent=1), encoding="utf8")
-    os.replace(beside, folder / "evaluation.json")
+    training.save_json(report, folder / "evaluation.json")
     say(f"\n{report['accuracy'][rows[0]]['overall']['n']} prompts a set; all numbers with their 95 % intervals are in "
         f"{folder / 'evaluation.json'} ({time.perf_counter() - started:.0f} s)")
 

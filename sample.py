@@ -30,13 +30,13 @@ def pick_stage(folder, stage):
     return stage or found[0]
 
 
-def answers(model, tokenizer, prompt, n, config, on_token=None):
+def answers(model, tokenizer, prompt, n, config):
     """n answers to one encoded prompt -> list of str."""
     if len(prompt) >= model.config.block_size:
         raise UserError(f"the prompt has {len(prompt)} tokens, the model's context only {model.config.block_size}")
     generator = torch.Generator(model.wte.weight.device).manual_seed(config.seed)
     generation = generate(model, [prompt] * n, config.max_new_tokens, temperature=config.temperature, top_k=config.top_k,
-                          top_p=config.top_p, eos=tokenizer.end, generator=generator, on_token=on_token)
+                          top_p=config.top_p, eos=tokenizer.end, generator=generator)
     return [tokenizer.decode(response) for response in generation.responses]
 
 

@@ -22,7 +22,6 @@ Axes: B batch, T tokens, V vocabulary.
 import time
 from dataclasses import asdict
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import torch

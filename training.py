@@ -153,6 +153,13 @@ def save_atomically(value, path):
         raise UserError(f"cannot write {path}: {str(error).splitlines()[0]} (is the disk full?)") from None
 
 
+def save_json(value, path):
+    """What a person wants to read, written beside and then renamed."""
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text(json.dumps(value, indent=1, ensure_ascii=False), encoding="utf8")
+    os.replace(beside, path)
+
+
 def load(path, device="cpu"):
     """A file of tensors; weights_only: it cannot run code. UserError where it is broken."""
     try:
@@ -341,9 +348,7 @@ class Stage:
         save_atomically(weights, self.folder / f"{self.name}.pt")
         facts = {"config": asdict(self.config), **facts, "steps": self.steps, "seconds": round(self.elapsed(), 1),
                  "versions": {"python": platform.python_version(), "torch": torch.__version__}}
-        beside = self.folder / f"{self.name}.json.tmp"
-        beside.write_text(json.dumps(facts, indent=1, ensure_ascii=False), encoding="utf8")
-        os.replace(beside, self.folder / f"{self.name}.json")
+        save_json(facts, self.folder / f"{self.name}.json")
         self.state_path.unlink(missing_ok=True)
 
 
