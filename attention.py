@@ -6,6 +6,7 @@ Axes: B batch, H heads, T tokens (Tq queries, Tk keys), D head size.
 A mask is bool (or 0/1), True where a query may attend to a key.
 """
 import math
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
@@ -56,20 +57,15 @@ def causal_mask(Tq, Tk, device=None):
 
 def padding_mask(real):
     """real (B,Tk), True at real tokens -> (B,1,1,Tk): nobody sees a pad."""
-    return real.bool()[:, None, None, :]
+    return None if real is None else real.bool()[:, None, None, :]
 
 
 def segment_mask(segments):
     """segments (B,T), a number per packed document -> (B,1,T,T): each sees only its own."""
-    return (segments[:, :, None] == segments[:, None, :])[:, None]
+    return None if segments is None else (segments[:, :, None] == segments[:, None, :])[:, None]
 
 
 def join(*masks):
     """What all of these masks allow; None allows everything."""
     masks = [mask.bool() for mask in masks if mask is not None]
-    if not masks:
-        return None
-    allowed = masks[0]
-    for mask in masks[1:]:
-        allowed = allowed & mask
-    return allowed
+    return reduce(torch.logical_and, masks) if masks else None

@@ -1,11 +1,12 @@
 """Every number of the project, on one page: what a command can be told, and what the presets tell it.
 
-A step's config is a frozen dataclass; its fields are its flags (`--pretrain-steps 500`, or with underscores). A value
-comes from the command line, else from the preset (`--config tiny`), else from the default that stands here.
+A step's config is a frozen dataclass; its fields are its flags (`--pretrain-steps 500`, or with underscores).
+A value comes from the command line, else from the preset (`--config tiny`), else from the default here.
 """
-import argparse
 import difflib
+import math
 import sys
+import textwrap
 from dataclasses import dataclass, fields
 
 
@@ -18,18 +19,19 @@ class CommandConfig:
     """What every command understands."""
     config: str = "tiny"        # the preset: tiny, small or gpt2
     seed: int = 1               # data, weights and sampling follow from it
-    out: str = ""               # the run's folder; by default runs/<config>, with own data runs/<config>-<file>
+    out: str = ""               # the run's folder; by default runs/<config>, with --data runs/<config>-<file>
     data: str = ""              # your own file instead of the built-in world
     device: str = "auto"        # auto, cpu, cuda, cuda:1, mps
     dtype: str = "auto"         # auto: bf16 where a probe finds it faster; or fp32, bf16
-    threads: int = 0            # of the CPU; 0 = all that this process may use. Results depend on it, bit by bit
+    threads: int = 0            # of the CPU; 0 = all that this process may use. Results depend on it
 
 
 @dataclass(frozen=True)
 class TrainConfig(CommandConfig):
     """What every training step understands."""
-    resume: bool = False        # insist on continuing an interrupted run (it is continued anyway, if there is one)
+    resume: bool = False        # an interrupted run is continued anyway; insist that there is one
     fresh: bool = False         # begin anew, even where a finished or an interrupted run is there
+    clip: float = 1.0           # the largest norm of the gradient
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class SFTConfig(TrainConfig):
     pretrain_docs: int = 4_000_000   # tokens of different text to make; more steps than that read it again
     # step 1
     demonstrations: int = 16_000     # how many the labelers write
-    epochs: int = 3
+    epochs: int = 5
     steps: int = 0              # optimiser steps of step 1; 0 = by epochs
     batch_size: int = 32        # demonstrations an optimiser step
     lr: float = 1.5e-3
@@ -66,8 +68,52 @@ class SFTConfig(TrainConfig):
     accumulate: int = 1         # micro-batches an optimiser step
     weight_decay: float = 0.1
     warmup: int = 50            # optimiser steps until the peak of the learning rate
-    clip: float = 1.0           # the largest norm of the gradient
     eval_every: int = 500       # optimiser steps between two evaluations
+
+
+@dataclass(frozen=True)
+class RewardConfig(TrainConfig):
+    """Step 2: comparisons, and the reward model."""
+    from_: str = "sft"          # whose answers are ranked: stages, with commas between them
+    prompts: int = 6000         # prompts whose answers are ranked
+    min_k: int = 4              # answers to a prompt (InstructGPT: 4 to 9)
+    max_k: int = 9
+    max_new_tokens: int = 100
+    steps: int = 0              # optimiser steps; 0 = one epoch
+    batch_prompts: int = 24     # prompts an optimiser step, with all their answers
+    likelihood: bool = True     # the trunk's log-likelihood of the answer is part of the score
+    lr: float = 3e-4
+    matrix_lr: float = 6e-4
+    weight_decay: float = 0.1
+    warmup: int = 20
+    eval_prompts: int = 600     # held-out prompts to measure on
+
+
+@dataclass(frozen=True)
+class PPOConfig(TrainConfig):
+    """Step 3: PPO with the pretraining gradient mixed in."""
+    reward: str = "model"       # model: step 2's; execution: the exact check; FILE.py:function: your own
+    iterations: int = 40
+    episodes: int = 512         # answers an iteration, each used once
+    minibatches: int = 8        # optimiser steps an iteration
+    accumulate: int = 2         # micro-batches a minibatch
+    prompts: int = 6000         # different prompts that the episodes are drawn from
+    max_new_tokens: int = 100
+    lr: float = 2e-4            # of the policy
+    value_lr: float = 1e-3      # of the value model
+    warmup: int = 10            # iterations from 0.1 of the peak learning rates to the peak
+    beta: float = 0.1           # price of a nat of KL, in units of the score
+    ptx_coef: float = 1.0       # γ: weight of the pretraining gradient; 0 makes the stage ppo_no_ptx
+    ptx_tokens: int = 2048      # pretraining tokens an optimiser step ...
+    ptx_window: int = 128       # ... in windows of so many
+    gamma: float = 1.0          # discount: none
+    lam: float = 0.95           # λ of GAE
+    clip_ratio: float = 0.2
+    clip_value: float = 0.2
+    ema: float = 0.992          # of the weights that are kept
+    unfinished_score: float = -1.0      # replaces the score of an answer that does not end
+    eval_every: int = 5         # iterations between two evaluations on held-out prompts
+    eval_prompts: int = 270
 
 
 @dataclass(frozen=True)
@@ -83,6 +129,7 @@ class SampleConfig(CommandConfig):
     top_p: float = 1.0          # 1 = off
     chat: bool = False          # a conversation
     execute: bool = False       # run the Python that it wrote, in the sandbox
+    compare: bool = False       # all stages of the run answer, side by side: the prompt, or a few fixed ones
 
 
 @dataclass(frozen=True)
@@ -95,13 +142,23 @@ class EvaluateConfig(CommandConfig):
 PRESETS = {     # preset -> step -> what it changes
     "tiny": {},                 # minutes on a laptop CPU
     "small": {                  # 11 M parameters: an hour of a GPU
-        "sft": dict(init_std=0.05, vocab_size=4096, block_size=512, n_layer=6, n_head=6, n_embd=384, pretrain_steps=5000,
-                    pretrain_batch=32_768, pretrain_lr=1e-3, pretrain_docs=20_000_000, demonstrations=60_000, lr=5e-4)},
+        "sft": dict(init_std=0.05, vocab_size=4096, block_size=512, n_layer=6, n_head=6, n_embd=384,
+                    pretrain_steps=5000, pretrain_batch=32_768, pretrain_lr=1e-3, pretrain_docs=20_000_000,
+                    demonstrations=60_000, lr=5e-4)},
     "gpt2": {                   # GPT-2's shape and tokenizer, 124 M parameters: for your own data and a GPU
         "sft": dict(init_std=0.02, wave_std=0.0, tokenizer="gpt2", block_size=1024, n_layer=12, n_head=12,
                     n_embd=768, pretrain_steps=20_000, pretrain_batch=131_072, accumulate=4, pretrain_lr=6e-4,
                     pretrain_docs=20_000_000, lr=1e-4, warmup=500)}}
-CONFIGS = {"sft": SFTConfig, "sample": SampleConfig, "evaluate": EvaluateConfig}
+CONFIGS = {"sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig, "sample": SampleConfig,
+           "evaluate": EvaluateConfig}
+
+ALLOWED = {     # field -> its words, or its least and greatest value; of other numbers by their type
+    "config": tuple(PRESETS), "dtype": ("auto", "fp32", "bf16"), "tokenizer": ("bpe", "gpt2"),
+    "flash": ("auto", "yes", "no"), "min_k": (2, 9), "max_k": (2, 9), "top_p": (1e-6, 1),
+    "unfinished_score": (-1e6, 1e6), **dict.fromkeys(("ptx_share", "sft_dropout", "ema"), (0, 0.999_999)),
+    **dict.fromkeys(("threads", "steps", "seed", "warmup", "recital_steps", "top_k"), (0, math.inf)),
+    int: (1, math.inf), float: (0, 1e6)}
+YES_NO = {"yes": True, "true": True, "1": True, "no": False, "false": False, "0": False}
 
 
 def nearest(word, words):
@@ -110,95 +167,65 @@ def nearest(word, words):
     return f" Did you mean {near[0]}?" if near else ""
 
 
-def _boolean(text):
-    if text.lower() not in ("1", "0", "true", "false", "yes", "no"):
-        raise ValueError
-    return text.lower() in ("1", "true", "yes")
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):       # argparse's own would print a page of usage
-        raise UserError(f"{message}. `python {self.prog} --help` lists all flags.")
+def flag(name):
+    """"pretrain_steps" -> "--pretrain-steps"; from_ is written so as `from` is a word of Python."""
+    return "--" + name.rstrip("_").replace("_", "-")
 
 
 def parse(step, argv=None, description=""):
     """The config of a step from its command line -> (config, {field: where its value comes from})."""
-    cls = CONFIGS[step]
-    parser = _Parser(f"{step}.py", description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS,
-                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    for field in fields(cls):
-        more = dict(nargs="?", const="yes") if field.type is bool else {}
-        parser.add_argument("--" + field.name.replace("_", "-"), metavar=field.type.__name__.upper(),
-                            help=f"default {field.default!r}", **more)
-    # both --pretrain-steps and --pretrain_steps
-    argv = [("--" + a[2:].partition("=")[0].replace("_", "-") + "".join(a[2:].partition("=")[1:]))
-            if a.startswith("--") else a for a in (sys.argv[1:] if argv is None else argv)]
-    flags = ["--" + field.name.replace("_", "-") for field in fields(cls)]
-    known, unknown = parser.parse_known_args(argv)
-    if unknown:
-        raise UserError(f"unknown argument {unknown[0]}.{nearest(unknown[0].partition('=')[0], flags)} "
-                        f"`python {step}.py --help` lists them all.")
-    return resolve(step, vars(known))
-
-
-def resolve(step, given):
-    """given: {field: text or value} from the command line. Preset and defaults fill in the rest."""
-    cls, preset = CONFIGS[step], given.get("config", "tiny")
-    if preset not in PRESETS:
-        raise UserError(f"unknown --config {preset}: the presets are {', '.join(PRESETS)}.{nearest(preset, PRESETS)}")
-    changes, values, origin = PRESETS[preset].get(step, {}), {}, {}
-    for field in fields(cls):
-        values[field.name] = changes.get(field.name, field.default)
-        origin[field.name] = "preset" if field.name in changes else "default"
-        if field.name in given:
-            text, convert = given[field.name], _boolean if field.type is bool else field.type
-            try:
-                values[field.name] = convert(str(text).replace("_", "") if convert is int else str(text))
-            except ValueError:
-                flag = "--" + field.name.replace("_", "-")
-                raise UserError(f"{flag} takes a value of type {field.type.__name__}, not {text!r}") from None
-            origin[field.name] = "command line"
-    config = cls(**values)
+    words, given = list(sys.argv[1:] if argv is None else argv), {}
+    flags = {flag(field.name): field for field in fields(CONFIGS[step])}
+    if "--help" in words or "-h" in words:
+        rows = [f"  {name:22}{f.type.__name__.upper():7}default {f.default!r}" for name, f in flags.items()]
+        print(description.strip(), "", *rows, sep="\n")
+        sys.exit(0)
+    while words:
+        name, equals, value = words.pop(0).partition("=")
+        field = flags.get(name.replace("_", "-"))       # --pretrain_steps will do
+        if field is None:
+            raise UserError(f"unknown argument {name}.{nearest(name, flags)} See python {step}.py --help")
+        if not equals:
+            alone = not words or words[0].startswith("--") and " " not in words[0]      # a flag follows
+            if alone and field.type is not bool:
+                raise UserError(f"{name} needs a value")
+            value = "yes" if alone else words.pop(0)
+        try:
+            given[field.name] = YES_NO[value.lower()] if field.type is bool else field.type(value)
+        except (ValueError, KeyError):
+            raise UserError(f"{name} takes a value of type {field.type.__name__}, not {value!r}") from None
+    preset = PRESETS.get(given.get("config", "tiny"), {}).get(step, {})
+    config = CONFIGS[step](**preset | given)
     validate(config)
-    return config, origin
+    return config, {field.name: "command line" if field.name in given else "preset" if field.name in preset
+                    else "default" for field in fields(config)}
 
 
 def validate(config):
     """UserError for values that cannot work, before anything is computed."""
     for field in fields(config):
-        value = getattr(config, field.name)
-        low = 0 if field.name in ("threads", "steps", "seed", "warmup", "recital_steps", "top_k") else 1
-        if field.type is int and value < low:
-            raise UserError(f"--{field.name.replace('_', '-')} must be at least {low}, not {value}")
-        if field.type is float and not 0 <= value < 1e6:
-            raise UserError(f"--{field.name.replace('_', '-')} must be between 0 and 1e6, not {value}")
-        if field.name in ("ptx_share", "sft_dropout") and value >= 1:
-            raise UserError(f"--{field.name.replace('_', '-')} is a share: from 0 to below 1, not {value}")
-        if field.name == "top_p" and not 0 < value <= 1:
-            raise UserError(f"--top-p must be above 0 and at most 1 (which is off), not {value}")
-    if getattr(config, "resume", False) and config.fresh:
+        name, value = flag(field.name), getattr(config, field.name)
+        allowed = ALLOWED.get(field.name, ALLOWED.get(field.type))
+        if field.type is str and allowed and value not in allowed:
+            raise UserError(f"{name} is one of {', '.join(allowed)}, not {value}.{nearest(value, allowed)}")
+        if field.type in (int, float) and not allowed[0] <= value <= allowed[1]:
+            raise UserError(f"{name} must be from {allowed[0]} to {allowed[1]}, not {value}")
+    if isinstance(config, TrainConfig) and config.resume and config.fresh:
         raise UserError("--resume goes on and --fresh begins anew: give one of them")
-    choices = {"dtype": ("auto", "fp32", "bf16"), "tokenizer": ("bpe", "gpt2"), "flash": ("auto", "yes", "no")}
-    for name, allowed in choices.items():
-        value = getattr(config, name, allowed[0])
-        if value not in allowed:
-            raise UserError(f"--{name} must be one of {', '.join(allowed)}, not {value}.{nearest(value, allowed)}")
-    if hasattr(config, "n_embd") and config.n_embd % config.n_head:
+    if isinstance(config, SFTConfig) and config.n_embd % config.n_head:
         raise UserError(f"--n-embd {config.n_embd} does not divide into --n-head {config.n_head} equal heads")
+    if isinstance(config, RewardConfig) and config.min_k > config.max_k:
+        raise UserError(f"--min-k {config.min_k} is more than --max-k {config.max_k}")
+    if isinstance(config, RewardConfig) and not all(config.from_.split(",")):
+        raise UserError(f"--from names stages, with commas between them, as in sft,ppo; not {config.from_!r}")
 
 
 def show(config, origin):
-    """The resolved config on a few lines, by where its values come from."""
+    """The resolved config, by where its values come from; of the defaults, what is off is left out."""
     lines = []
-    for source in ("command line", "preset", "default"):
+    for source in dict.fromkeys(sorted(origin.values(), key=("command line", "preset", "default").index)):
         words = [f"{name}={getattr(config, name)}" for name, o in origin.items()
-                 if o == source and getattr(config, name) not in ("", False)]
-        line = f"  {source}:"
-        for word in words:
-            if len(line) + len(word) > 110:
-                lines.append(line)
-                line = " " * 10
-            line += " " + word
-        if words:
-            lines.append(line)
+                 if o == source and (getattr(config, name) or o != "default")]
+        lines += textwrap.wrap(f"  {source}: {' '.join(words)}", 110, subsequent_indent=" " * 10,
+                               break_long_words=False, break_on_hyphens=False)
     return "\n".join(lines)

@@ -12,23 +12,22 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from config import UserError
 
 # ------------------------------------------------------------------------ the tokenizer
 
-# Text is first cut into words with their leading space, single digits, punctuation and white space; merges never cross
-# these cuts. Latin letters apart from all others, so that Chinese beside a Latin word does not stick to it. The same
-# pattern runs in Python's re (training) and in tiktoken (encoding).
+# Text is first cut into words with their leading space, single digits, punctuation and white space; merges
+# never cross these cuts. Latin letters apart from all others, so that Chinese does not stick to a Latin word.
+# The same pattern runs in Python's re (training) and in tiktoken (encoding).
 PATTERN = r" ?[A-Za-zÀ-ɏ]+|[^\W\d_A-Za-zÀ-ɏ]+|\d| ?[^\s\w]+|_+|\s+(?!\S)|\s+"
 END, PAD, USER, ASSISTANT = SPECIALS = ("<|endoftext|>", "<|pad|>", "<|user|>", "<|assistant|>")
 
 
 def train_bpe(texts, size):
-    """Byte-pair encoding (Sennrich et al. 2016), from scratch: texts -> {token bytes: rank}, at most `size` of them.
-
-    Begin with the 256 bytes; again and again, make the most frequent pair of neighbours one new token.
-    """
+    """Byte-pair encoding (Sennrich et al. 2016): texts -> {token bytes: rank}, at most `size` of them."""
+    # Begin with the 256 bytes; again and again, make the most frequent pair of neighbours one new token.
     words = Counter(word for text in texts for word in re.findall(PATTERN, text))
     ranks = {bytes([i]): i for i in range(256)}
     spelled = [([bytes([b]) for b in word.encode()], n) for word, n in sorted(words.items())]
@@ -70,10 +69,11 @@ class Tokenizer:
             special = {END: 50_256, PAD: 50_257, USER: 50_258, ASSISTANT: 50_259}
         self.end, self.pad, self.user, self.assistant = special.values()
         self.size, self.ranks, self.pattern = first + len(special), ranks, pattern
-        self.encoding = tiktoken.Encoding("instruct", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+        self.encoding = tiktoken.Encoding("instruct", pat_str=pattern, mergeable_ranks=ranks,
+                                          special_tokens=special)
 
     def encode(self, text):
-        """str -> list of ids. "<|user|>" in a text is seven characters like any others: nobody can forge a turn."""
+        """str -> list of ids. "<|user|>" in a text is characters like any others: nobody can forge a turn."""
         return self.encoding.encode_ordinary(text)
 
     def encode_many(self, texts):
@@ -93,8 +93,7 @@ class Tokenizer:
             saved = json.loads(Path(path).read_text(encoding="utf8"))
             return cls({base64.b64decode(t): i for i, t in enumerate(saved["tokens"])}, saved["pattern"])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is no tokenizer of this project ({error}). Train it again: "
-                            "python sft.py --fresh") from None
+            raise UserError(f"{path} is no tokenizer ({error}). Train it: python sft.py --fresh") from None
 
     @classmethod
     def gpt2(cls):
@@ -103,32 +102,28 @@ class Tokenizer:
             encoding = tiktoken.get_encoding("gpt2")
         except Exception as error:                  # requests' errors, and tiktoken's own
             raise UserError(
-                "the GPT-2 tokenizer could not be downloaded (" + type(error).__name__ + "). On a machine with network: "
-                "TIKTOKEN_CACHE_DIR=some/folder python -c \"import tiktoken; tiktoken.get_encoding('gpt2')\", then copy "
-                "that folder here and set TIKTOKEN_CACHE_DIR to it; or use --tokenizer bpe.") from None
+                f"GPT-2's tokenizer could not be downloaded ({type(error).__name__}). With a network, run "
+                "TIKTOKEN_CACHE_DIR=x python -c \"import tiktoken; tiktoken.get_encoding('gpt2')\"; copy x "
+                "here, and set TIKTOKEN_CACHE_DIR to it. Or use --tokenizer bpe") from None
         return cls(encoding._mergeable_ranks, encoding._pat_str)
 
 
 # ------------------------------------------------------------------------ the prompt template
 
 def encode_prompt(tokenizer, instruction, input="", history=()):
-    """What the model reads before it answers -> ids.
-
-    <|user|> instruction, a blank line, input <|assistant|>; earlier turns stand before it, each ended by
-    <|endoftext|> as the model's own answers are. history: ((user, assistant), ...)
-    """
+    """What the model reads before it answers -> ids. history: ((user, assistant), ...)"""
+    # <|user|> instruction, a blank line, input <|assistant|>; earlier turns stand before it, each ended by
+    # <|endoftext|> as the model's own answers are.
     ids = []
-    for user, assistant in history:
-        ids += [tokenizer.user, *tokenizer.encode(user), tokenizer.assistant, *tokenizer.encode(assistant), tokenizer.end]
+    for user, answer in history:
+        ids += encode_prompt(tokenizer, user) + tokenizer.encode(answer) + [tokenizer.end]
     text = f"{instruction}\n\n{input}" if input else instruction
     return ids + [tokenizer.user, *tokenizer.encode(text), tokenizer.assistant]
 
 
 def encode_example(tokenizer, instruction, input, output, history=()):
-    """A demonstration -> (ids, mask), side by side: mask is True at the response and at the EOS that ends it.
-
-    By position, not by id: a pad that shares its id with the EOS could not hide the EOS (RECIPE S2).
-    """
+    """A demonstration -> (ids, mask), side by side: mask is True at the response and at its final EOS."""
+    # By position, not by id: a pad that shares its id with the EOS could not hide the EOS (RECIPE S2).
     prompt = encode_prompt(tokenizer, instruction, input, history)
     response = [*tokenizer.encode(output), tokenizer.end]
     return prompt + response, [False] * len(prompt) + [True] * len(response)
@@ -142,11 +137,11 @@ def read_text(path):
         text = Path(path).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object[:error.start].count(b"\n") + 1
-        raise UserError(f"{path}, line {line}: not UTF-8. Convert it: iconv -f latin1 -t utf8 {path} > new.txt") from None
+        raise UserError(f"{path}, line {line}: not UTF-8. To convert it: iconv -f latin1 -t utf8") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}. --data takes one readable file") from None
     if not text.strip():
-        raise UserError(f"{path} is empty. Needed: plain text, or demonstrations as .json or .jsonl")
+        raise UserError(f"{path} is empty. Needed: plain text, or examples as .json or .jsonl")
     return text
 
 
@@ -156,48 +151,70 @@ def is_demonstrations(path):
 
 
 def _records(path):
-    """(where, record) of a JSON array or of JSONL."""
+    """Each object of a JSON array or of JSONL -> (where it stands, itself, its instruction, its input)."""
     text = read_text(path)
-    try:
-        if text.lstrip().startswith("["):
-            return [(f"{path}, item {i}", record) for i, record in enumerate(json.loads(text), 1)]
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from None
-    records = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                records.append((f"{path}, line {number}", json.loads(line)))
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}, line {number}: not JSON ({error.msg}). Needed: an array in [ ], or one object a "
-                                "line") from None
-    return records
+    array = text.lstrip().startswith("[")
+    for line, part in [(1, text)] if array else enumerate(text.split("\n"), 1):
+        try:
+            found = json.loads(part if array else f"[{part}]")
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}, line {line + error.lineno - 1}: not JSON ({error.msg}). Needed: an "
+                            "array in [ ], or one object a line") from None
+        for i, record in enumerate(found, 1):
+            where = f"{path}, item {i}" if array else f"{path}, line {line}"
+            if not isinstance(record, dict):
+                raise UserError(f"{where}: needed: an object with instruction or prompt, not {record!r:.40}")
+            instruction = _take(where, record, "instruction", "prompt")
+            yield where, record, instruction, _take(where, record, "input", default="")
+
+
+def _take(where, record, *keys, like="some text", default=None):
+    """The value under the first of these keys that there is. UserError with an example if it will not do."""
+    def fits(value, like):          # a list by its elements; type(), as True is an int to isinstance
+        return type(value) is type(like) and (type(value) is not list or all(fits(v, like[0]) for v in value))
+    value = next((record[key] for key in keys if record.get(key) is not None), default)
+    if not fits(value, like) or default is None and not str(value).strip():
+        names = " or ".join(f'"{key}"' for key in keys)
+        raise UserError(f"{where}: needed: {names}, like {json.dumps(like)}, not {value!r:.40}")
+    return value
 
 
 def read_demonstrations(path):
-    """A JSON array or JSONL -> [(instruction, input, output)].
-
-    Keys: instruction, output and perhaps input; or prompt and completion (or response). UserError at the first
-    record that lacks one, names its place, and says which keys would do.
-    """
-    found = []
-    for where, record in _records(path):
-        if not isinstance(record, dict):
-            raise UserError(f"{where}: a {type(record).__name__} where an object with instruction and output should be")
-        question = "instruction" if "instruction" in record else "prompt"
-        answer = next((k for k in ("output", "completion", "response") if k in record), "output")
-        for key in (question, answer):
-            if key not in record:
-                raise UserError(f"{where}: no \"{key}\". Needed: instruction (input) output, or prompt completion")
-            if not isinstance(record[key], str) or not record[key].strip():
-                raise UserError(f"{where}: \"{key}\" is empty or no text")
-        extra = record.get("input") or ""
-        if not isinstance(extra, str):
-            raise UserError(f"{where}: \"input\" is no text")
-        found.append((record[question], extra, record[answer]))
+    """A JSON array or JSONL -> [(instruction, input, output)]."""
+    # UserError at the first record that lacks one, names its place, and says which keys would do.
+    found = [(instruction, input, _take(where, record, "output", "completion", "response"))
+             for where, record, instruction, input in _records(path)]
     if not found:
         raise UserError(f"{path} holds no demonstrations")
     return found
+
+
+def read_comparisons(path):
+    """JSON array or JSONL -> ([(instruction, input, history, responses, ranks)], {why skipped: how many}).
+
+    Keys: responses and ranks (0 or 1 = best, equal = a tie), or chosen and rejected; with prompt, or with
+    instruction and perhaps input. What compares nothing (one answer, equal texts, ties only) is skipped.
+    """
+    found, skipped = [], Counter()
+    for where, record, instruction, input in _records(path):
+        if "chosen" in record or "rejected" in record:
+            record |= {"responses": [record.get("chosen"), record.get("rejected")], "ranks": [0, 1]}
+        answers = _take(where, record, "responses", "chosen, rejected", like=["an answer", "another"])
+        ranks = _take(where, record, "ranks", like=[0, 1])
+        if len(ranks) != len(answers) or min(ranks, default=0) < 0:
+            raise UserError(f"{where}: needed: {len(answers)} \"ranks\", from 0 (the best) on, not {ranks}")
+        history = _take(where, record, "history", like=[["a question", "its answer"]], default=[])
+        if any(len(turn) != 2 for turn in history):
+            raise UserError(f"{where}: needed: a question and its answer in each turn of \"history\"")
+        distinct = dict(zip(answers, ranks))        # of equal texts one counts
+        if len(set(distinct.values())) > 1:
+            found.append((instruction, input, [*map(tuple, history)], [*distinct], [*distinct.values()]))
+        else:
+            skipped["with one answer" if len(answers) < 2 else
+                    "with equal texts" if len(distinct) < 2 else "with ties only"] += 1
+    if not found:
+        raise UserError(f"{path} holds no comparison" + "".join(f"; {n} {why}" for why, n in skipped.items()))
+    return found, skipped
 
 
 # ------------------------------------------------------------------------ batches
@@ -210,32 +227,23 @@ def pack(tokenizer, texts):
 
 
 def windows(ids, block_size, n, seed):
-    """n random windows of a long array -> tokens (n, block_size + 1): inputs are [:, :-1], targets [:, 1:]."""
+    """n random windows of an array -> tokens (n, block_size + 1): inputs are [:, :-1], targets [:, 1:]."""
     starts = np.random.default_rng(seed).integers(0, len(ids) - block_size, n)
     return torch.from_numpy(np.stack([ids[s:s + block_size + 1] for s in starts]).astype(np.int64))
 
 
 def collate(examples, pad):
-    """[(ids, mask)] of any lengths -> tokens (B,T), real (B,T), labels (B,T): padded on the right.
-
-    real: True at real tokens; labels: True at the tokens that are to be learnt.
-    """
-    T = max(len(ids) for ids, _ in examples)
-    tokens = torch.full((len(examples), T), pad)
-    real, labels = torch.zeros(2, len(examples), T, dtype=torch.bool)
-    for row, (ids, mask) in enumerate(examples):
-        tokens[row, :len(ids)] = torch.tensor(ids)
-        real[row, :len(ids)] = True
-        labels[row, :len(ids)] = torch.tensor(mask)
-    return tokens, real, labels
+    """[(ids, mask)] of any lengths -> (B,T): tokens, real (no pads), labels (what is to be learnt)."""
+    lengths = torch.tensor([len(ids) for ids, _ in examples])
+    tokens = pad_sequence([torch.tensor(ids) for ids, _ in examples], batch_first=True, padding_value=pad)
+    labels = pad_sequence([torch.tensor(mask, dtype=torch.bool) for _, mask in examples], batch_first=True)
+    return tokens, torch.arange(tokens.shape[1]) < lengths[:, None], labels
 
 
 def epoch_batches(lengths, batch_size, seed):
-    """The order of one epoch: a list of index lists. Every example once; each batch of about equal lengths.
-
-    Shuffled, cut into stretches of 16 batches, sorted by length within a stretch, and the batches shuffled: little
-    padding, and no order that a model could learn.
-    """
+    """The order of one epoch, as index lists: every example once, each batch of about equal lengths."""
+    # Shuffled, cut into stretches of 16 batches, sorted by length within a stretch, and the batches shuffled:
+    # little padding, and no order that a model could learn.
     r = random.Random(str(seed))
     order = list(range(len(lengths)))
     r.shuffle(order)

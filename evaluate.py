@@ -9,13 +9,10 @@ pretrained model, shown three examples of the category before each question; the
 import math
 import time
 
-import torch
-
 import data
 import training
 import world
 from config import UserError, parse
-from model import generate
 from training import say
 
 SETS = {"test": "", "test_phrasing": "_unseen_phrasing", "test_combination": "_unseen_combination"}
@@ -47,30 +44,24 @@ def few_shot_prompt(tokenizer, task, examples, room):
     return ids[-room:]
 
 
+def prompts_of(tokenizer, tasks, few_shot, config, context):
+    """What the model reads of each task; what is longer than the context loses its beginning."""
+    if not few_shot:
+        return [data.encode_prompt(tokenizer, *t.parts)[1 - context:] for t in tasks]
+    shown = world.tasks(9 * len(world.CATEGORIES), "train", config.seed + 1)
+    by_category = {c: [t for t in shown if t.category == c] for c in world.CATEGORIES}
+    room = max(context - 64, context // 2)
+    return [few_shot_prompt(tokenizer, t, by_category[t.category][i % 3::3], room) for i, t in enumerate(tasks)]
+
+
 def respond(model, tokenizer, tasks, few_shot, temperature, config, cast):
-    """-> (answers, stopped): one answer to every task."""
-    context = model.config.block_size
-    if few_shot:
-        shown = world.tasks(9 * len(world.CATEGORIES), "train", config.seed + 1)
-        by_category = {c: [t for t in shown if t.category == c] for c in world.CATEGORIES}
-        room = max(context - 64, context // 2)
-        prompts = [few_shot_prompt(tokenizer, t, by_category[t.category][i % 3::3], room) for i, t in enumerate(tasks)]
-    else:
-        # what is longer than the context loses its beginning
-        prompts = [data.encode_prompt(tokenizer, t.instruction, t.input, t.history)[1 - context:] for t in tasks]
-    generator = torch.Generator(model.wte.weight.device).manual_seed(config.seed)
-    order = sorted(range(len(tasks)), key=lambda i: len(prompts[i]))        # equal lengths together: little padding
-    answers, stopped = [""] * len(tasks), [False] * len(tasks)
-    for start in range(0, len(order), config.batch_size):
-        part = order[start:start + config.batch_size]
-        with cast:
-            responses = generate(model, [prompts[i] for i in part], 100, temperature=temperature, eos=tokenizer.end,
-                                 generator=generator).responses
-        for i, response in zip(part, responses):
-            answers[i], stopped[i] = tokenizer.decode(response), response[-1:] == [tokenizer.end]
-            if few_shot and "\n\nQuestion:" in answers[i]:
-                answers[i], stopped[i] = answers[i].split("\n\nQuestion:")[0], True
-    return answers, stopped
+    """-> [Answer]: one to every task."""
+    prompts = prompts_of(tokenizer, tasks, few_shot, config, model.config.block_size)
+    answers = training.respond(model, tokenizer, prompts, 100, temperature, config.seed, cast, config.batch_size)
+    if few_shot:                                # a base goes on with the next question: its answer ends before it
+        cut = [a.text.split("\n\nQuestion:") for a in answers]
+        answers = [a._replace(text=parts[0], ended=a.ended or len(parts) > 1) for a, parts in zip(answers, cut)]
+    return answers
 
 
 def tabulate(tasks, verdicts):
@@ -111,8 +102,8 @@ def main():
         for set_name, suffix in SETS.items():
             for temperature, greedy in ((1.0, ""), (0.0, "_greedy")):
                 training.progress(f"  {label}: {set_name}{greedy}")
-                answers, stopped = respond(model, tokenizer, sets[set_name], stage == "base", temperature, config, cast)
-                verdicts = world.judge_many(sets[set_name], answers, stopped)
+                answers = respond(model, tokenizer, sets[set_name], stage == "base", temperature, config, cast)
+                verdicts = world.judge_many(sets[set_name], [a.text for a in answers], [a.ended for a in answers])
                 for name, value in tabulate(sets[set_name], verdicts).items():
                     report.setdefault(name + suffix + greedy, {})[label] = value
     rows, columns = list(report["accuracy"]), ("overall", *world.CATEGORIES)

@@ -1,10 +1,9 @@
 """A GPT in one file: GPT-2's shape, a KV cache, and sampling from it.
 
-Pre-norm blocks, learned positions, tanh GELU, the unembedding tied to the embedding. Radford et
-al. 2019 (GPT-2); the parameters carry the names under which GPT-2 is published.
+Pre-norm blocks, learned positions, tanh GELU, the unembedding tied to the embedding. Radford et al. 2019
+(GPT-2); the parameters carry the names under which GPT-2 is published.
 
-Axes: B batch, T tokens (P of a prompt, R of a response), V vocabulary, C channels, H heads,
-D = C/H head size, L layers.
+Axes: B batch, T tokens (P of a prompt, R of a response), V vocabulary, C channels, H heads, D = C/H, L layers
 """
 import math
 from dataclasses import dataclass
@@ -29,27 +28,19 @@ class GPTConfig:
     wave_std: float = 0.0      # above 0, positions start as sinusoids of this amplitude, not as noise
 
     def __post_init__(self):
-        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), not {self.dropout}")
+        sizes = self.vocab_size, self.block_size, self.n_layer, self.n_head, self.n_embd
+        if min(sizes) < 1 or self.n_embd % self.n_head or not 0 <= self.dropout < 1:
+            raise ValueError(f"needed: sizes >= 1, n_embd a multiple of n_head, 0 <= dropout < 1; not {self}")
 
 
 def by_hand_is_faster(q):
-    """q (B,H,Tq,D) -> whether the written-out attention beats the fused kernel here, as measured.
-
-    On a CPU it does in bf16 up to T = 512, forward + backward (T = 256: 11 ms against 25 without
-    AMX, 10 against 19 with), as the fused backward is slow there; and in decoding, one query a row
-    against a cache, from B = 16 on (B = 64: 7 % more tokens/s in fp32, 40 % in bf16). Elsewhere
-    fused is not slower, and takes less memory.
-    """
+    """q (B,H,Tq,D) -> whether the written-out attention beats the fused kernel here, as measured."""
+    # On a CPU it does in bf16 up to T = 512, as the fused backward is slow (T = 256, forward + backward:
+    # 11 ms against 25 without AMX, 10 against 19 with); and in decoding, one query a row against a cache,
+    # from B = 16 on (B = 64: 7 % more tokens/s in fp32, 40 % in bf16). Elsewhere fused takes less memory.
     B, _, Tq, _ = q.shape
-    if q.device.type != "cpu":
-        return False
-    return B >= 16 if Tq == 1 else q.dtype == torch.bfloat16 and Tq <= 512
+    fast = B >= 16 if Tq == 1 else q.dtype == torch.bfloat16 and Tq <= 512
+    return fast and q.device.type == "cpu"
 
 
 class SelfAttention(nn.Module):
@@ -67,8 +58,7 @@ class SelfAttention(nn.Module):
             k, v = cache.append(layer, k, v)                        # (B,H,Tk,D): all tokens so far
         flash = not by_hand_is_faster(q) if self.flash is None else self.flash
         y = attention(q, k, v, mask, causal=causal, flash=flash)    # (B,H,T,D)
-        y = y.transpose(1, 2).flatten(2)                            # (B,T,C)
-        return self.dropout(self.c_proj(y))
+        return self.dropout(self.c_proj(y.transpose(1, 2).flatten(2)))      # (B,T,C)
 
 
 class MLP(nn.Module):
@@ -134,10 +124,8 @@ class GPT(nn.Module):
     def hidden(self, tokens, mask=None, *, positions=None, segments=None, cache=None):
         """The trunk: tokens (B,T) int64 -> (B,T,C), normalised, ready for a head.
 
-        mask (B,T): True at real tokens; pads may stand on either side, are seen by nobody, and
-            what comes out at a pad means nothing.
-        positions (B,T): the row of wpe that each token gets; by default the number of real tokens
-            before it, in its own segment.
+        mask (B,T): True at real tokens; pads, on either side, are seen by nobody, and come out as anything.
+        positions (B,T): rows of wpe; by default the number of real tokens before, in the same segment.
         segments (B,T): a number per packed document; they do not see each other. Not with a cache.
         cache: a KVCache; `tokens` follow those that it holds, and `mask` covers both, (B,Tk).
         ValueError where the context is longer than block_size.
@@ -154,8 +142,7 @@ class GPT(nn.Module):
         causal, allowed = mask is None and segments is None, None
         if not causal:                  # a mask tensor is needed, (B,1,T,Tk): one for all layers
             allowed = join(causal_mask(T, past + T, tokens.device) if T > 1 else None,
-                           None if mask is None else padding_mask(mask),
-                           None if segments is None else segment_mask(segments))
+                           padding_mask(mask), segment_mask(segments))
 
         x = self.drop(self.wte(tokens) + self.wpe(positions))       # (B,T,C)
         for layer, block in enumerate(self.h):
@@ -199,8 +186,8 @@ def token_logprobs(logits, tokens):
 class KVCache:
     """The keys and values of all tokens so far, so that a new token costs one token's work.
 
-    One buffer, allocated once, (L,B,H,capacity,D) for each of k and v, in the dtype that the
-    model computes in (autocast included). For inference: gradients do not go through it.
+    One buffer, allocated once, (L,B,H,capacity,D) for each of k and v, in the dtype that the model computes
+    in (autocast included). For inference: gradients do not go through it.
     """
 
     def __init__(self, gpt, batch, capacity):
@@ -209,8 +196,7 @@ class KVCache:
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
         shape = (c.n_layer, batch, c.n_head, capacity, c.n_embd // c.n_head)
-        self.k = torch.empty(shape, dtype=dtype, device=device)
-        self.v = torch.empty(shape, dtype=dtype, device=device)
+        self.k, self.v = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
         self.length = 0                                             # tokens held by every row
 
     def append(self, layer, k, v):
@@ -224,9 +210,8 @@ class KVCache:
 
     def keep(self, rows):
         """Drop all rows of the batch but these (int64), in place."""
-        for layer in range(len(self.k)):
-            for x in (self.k[layer], self.v[layer]):
-                x[:len(rows), :, :self.length] = x[rows, :, :self.length]
+        for x in (*self.k, *self.v):                                # layer by layer, to copy little at once
+            x[:len(rows), :, :self.length] = x[rows, :, :self.length]
         self.k, self.v = self.k[:, :len(rows)], self.v[:, :len(rows)]
 
 
@@ -236,14 +221,13 @@ class Generation:
     logprobs: torch.Tensor      # (B,R) fp32, log-probs of these ids, zeros after a response's end
 
 
-def generate(gpt, prompts, max_new_tokens, *, temperature=1.0, top_k=0, top_p=1.0, eos=None,
-             generator=None, on_token=None):
+def generate(gpt, prompts, max_new_tokens, *, temperature=1.0, top_k=0, top_p=1.0, eos=None, generator=None,
+             on_token=None):
     """Continue every prompt (a list of ids, any lengths) by at most max_new_tokens -> Generation.
 
-    temperature 0 is greedy. top_k > 0 keeps the k likeliest tokens, top_p < 1 then the fewest of
-    these that hold that much probability. A response ends with `eos`, or where the context does:
-    prompt and response together fit into block_size. `.logprobs` are those of the distribution
-    that was drawn from, so after temperature, top_k and top_p (RECIPE O2; greedy: zeros).
+    temperature 0 is greedy. top_k > 0 keeps the k likeliest tokens, top_p < 1 then the fewest of these that
+    hold so much probability. A response ends with `eos`, or where it and its prompt fill block_size. The
+    log-probs are of what was drawn from: after temperature, top_k and top_p (RECIPE O2; greedy: zeros).
     generator: same seed, same result; a row's random numbers do not depend on the other rows' ends.
     on_token: called at each step with the B new ids, None where a response has ended.
     ValueError on an empty or too long prompt.
@@ -257,31 +241,25 @@ def generate(gpt, prompts, max_new_tokens, *, temperature=1.0, top_k=0, top_p=1.
         raise ValueError("generate needs temperature >= 0, top_k >= 0 and 0 < top_p <= 1")
     B, device = len(prompts), gpt.wte.weight.device
     steps = max(0, min(max_new_tokens, block_size - min(sizes)))
-    # Allocated outside of inference mode, so that they are ordinary tensors for the caller.
-    tokens = torch.zeros(B, steps, dtype=torch.long, device=device)
-    logprobs = torch.zeros(B, steps, device=device)
     # All random numbers at once, so that nothing that happens on the way can shift them.
-    uniform = torch.rand(steps, B, generator=generator,
-                         device=device if generator is None else generator.device).to(device)
-
-    def draw(logits, step, rows):
-        return sample(logits, uniform[step, rows], temperature, top_k, top_p)
-
+    uniform = torch.rand(steps, B, generator=generator, device=generator.device if generator else device)
     training = gpt.training
     gpt.eval()
     try:
-        with torch.inference_mode():
-            lengths = decode(gpt, prompts, draw, tokens, logprobs, eos, on_token)
+        tokens, logprobs, lengths = decode(gpt, prompts, uniform.to(device), (temperature, top_k, top_p), eos,
+                                           on_token)
     finally:
         gpt.train(training)
     responses = [row[:n] for row, n in zip(tokens.tolist(), lengths)]
-    return Generation(responses, logprobs[:, :max(lengths)])
+    return Generation(responses, logprobs[:, :max(lengths)].clone())    # an inference tensor serves no loss
 
 
-def decode(gpt, prompts, draw, tokens, logprobs, eos, on_token):
-    """The loop of `generate`: fills tokens and logprobs (B,R) -> how long each response is."""
-    (B, steps), device, block_size = tokens.shape, tokens.device, gpt.config.block_size
-    P = max(len(p) for p in prompts)
+@torch.inference_mode()
+def decode(gpt, prompts, uniform, how, eos, on_token):
+    """The loop of `generate`: uniform (R,B) in [0,1) -> tokens (B,R), log-probs (B,R), each one's length."""
+    (steps, B), device, block_size = uniform.shape, uniform.device, gpt.config.block_size
+    tokens = torch.zeros(B, steps, dtype=torch.long, device=device)
+    logprobs, P = torch.zeros(B, steps, device=device), max(len(p) for p in prompts)
     # Pads stand on the left, so that the last token of every row is in the same column.
     new = torch.tensor([[0] * (P - len(p)) + list(p) for p in prompts], device=device)  # (B,P)
     pads = torch.tensor([P - len(p) for p in prompts], device=device)                   # (B,)
@@ -297,7 +275,7 @@ def decode(gpt, prompts, draw, tokens, logprobs, eos, on_token):
         # A row that has ended goes on unheard, at a position that exists.
         positions = (columns[cache.length:T] - pads[:, None]).clamp(0, block_size - 1)
         x = gpt.hidden(new, None if mask is None else mask[:, :T], positions=positions, cache=cache)
-        token, logprob = draw(gpt.unembed(x[:, -1]), step, rows)                        # (B,) (B,)
+        token, logprob = sample(gpt.unembed(x[:, -1]), uniform[step, rows], *how)       # (B,) (B,)
         tokens[rows, step], logprobs[rows, step] = token, logprob * alive
         length[rows] += alive
         if on_token is not None:
@@ -310,23 +288,21 @@ def decode(gpt, prompts, draw, tokens, logprobs, eos, on_token):
         left = int(alive.sum())
         if left == 0:
             break
-        # Ended rows still cost a step's work. Dropped at three quarters, it is 2 to 3 times faster
-        # where most answers are short; sooner, the copying takes the gain.
+        # Ended rows still cost a step's work. Dropped at three quarters, it is 2 to 3 times faster where most
+        # answers are short; sooner, the copying takes the gain.
         if left <= len(rows) * 3 // 4:
             keep = alive.nonzero().squeeze(1)
             cache.keep(keep)
             rows, pads, alive, token = rows[keep], pads[keep], alive[keep], token[keep]
             mask = None if mask is None else mask[keep]
         new = token[:, None]
-    return length.tolist()
+    return tokens, logprobs, length.tolist()
 
 
 def sample(logits, uniform, temperature, top_k, top_p):
-    """One token a row: logits (B,V), uniform (B,) in [0,1) -> tokens (B,), log-probs (B,) fp32.
-
-    Inverse transform sampling: the first token at which the cumulated probability passes u. On a
-    CPU a fifth faster than torch.multinomial, and it makes the random numbers ours.
-    """
+    """One token a row: logits (B,V), uniform (B,) in [0,1) -> tokens (B,), log-probs (B,) fp32."""
+    # Inverse transform sampling: the first token at which the cumulated probability passes u. On a CPU a
+    # fifth faster than torch.multinomial, and it makes the random numbers ours.
     if temperature == 0:
         return logits.argmax(-1), torch.zeros_like(uniform)
     V, order = logits.shape[-1], None
@@ -337,9 +313,9 @@ def sample(logits, uniform, temperature, top_k, top_p):
         probs = probs * (probs.cumsum(-1) - probs < top_p)          # the one that crosses stays
     cumulated = probs.cumsum(-1)
     total = cumulated[:, -1:]                                       # 1, but for rounding and top_p
-    # "Passes" is >, so a token of probability zero is never it; and as u <= 1 - 2**-24 the product
-    # stays below the total, so there always is one.
-    token = torch.searchsorted(cumulated, uniform[:, None] * total, right=True)  # (B,1)
+    # "Passes" is >, so a token of probability zero is never it; and as u <= 1 - 2**-24 the product stays
+    # below the total, so there always is one.
+    token = torch.searchsorted(cumulated, uniform[:, None] * total, right=True)     # (B,1)
     logprob = (probs.gather(-1, token) / total).log().squeeze(-1)
     token = token if order is None else order.gather(-1, token)
     return token.squeeze(-1), logprob

@@ -1,43 +1,40 @@
-"""Use a model: ask it once or several times, chat with it, run the code it wrote.
+"""Use a model: ask it once or several times, chat with it, compare the stages, run the code it wrote.
 
     python sample.py --prompt "What is the capital of France?" --num-samples 5
     python sample.py --prompt "Who likes tea?" --input "Anna likes tea. Ben lives in Oslo."
     python sample.py --prompt "请生成一个函数，用于计算两个矩阵的乘积" --execute
+    python sample.py --compare
     python sample.py --chat
 """
 import sys
-
-import torch
 
 import data
 import sandbox
 import training
 import world
 from config import UserError, parse
-from model import generate
 from training import say
 
-STAGES = ("ppo", "ppo_no_ptx", "sft", "base")       # the furthest first
+STAGES = ("base", "sft", "ppo_no_ptx", "ppo")       # the furthest last
+SHOWN = (*((prompt, "") for prompt in world.SHOWN),     # and a question that its text does not answer
+         ("What is Nick's job? Use only the text.", "Nick likes grapes. Nick has a heavy frog."))
 
 
-def pick_stage(folder, stage):
-    """The stage asked for, or the furthest that the run has. UserError where there is none."""
-    found = [name for name in STAGES if training.finished(folder, name)]
-    if stage and not training.finished(folder, stage):
-        raise UserError(f"{folder} has no finished {stage}; it has: {', '.join(found) or 'nothing'}")
+def pick_stages(folder, config):
+    """The stages that will answer: all of the run's to compare, else the one asked for, or the furthest."""
+    found = [stage for stage in STAGES if training.finished(folder, stage)]
     if not found:
         raise UserError(f"{folder} holds no model yet. Train one first: python sft.py --config tiny")
-    return stage or found[0]
+    return found if config.compare else [config.stage or found[-1]]
 
 
-def answers(model, tokenizer, prompt, n, config):
+def answers(model, tokenizer, prompt, n, config, cast, on_token=None):
     """n answers to one encoded prompt -> list of str."""
     if len(prompt) >= model.config.block_size:
-        raise UserError(f"the prompt has {len(prompt)} tokens, the model's context only {model.config.block_size}")
-    generator = torch.Generator(model.wte.weight.device).manual_seed(config.seed)
-    generation = generate(model, [prompt] * n, config.max_new_tokens, temperature=config.temperature, top_k=config.top_k,
-                          top_p=config.top_p, eos=tokenizer.end, generator=generator)
-    return [tokenizer.decode(response) for response in generation.responses]
+        raise UserError(f"the prompt has {len(prompt)} tokens, the context only {model.config.block_size}")
+    found = training.respond(model, tokenizer, [prompt] * n, config.max_new_tokens, config.temperature,
+                             config.seed, cast, top_k=config.top_k, top_p=config.top_p, on_token=on_token)
+    return [answer.text for answer in found]
 
 
 def execute(answer, stdin):
@@ -50,11 +47,11 @@ def execute(answer, stdin):
     elif result.ok:
         say("--- it prints nothing" + (" (it defines a function)" if "def " in code else ""))
     if result.error and result.error.startswith("EOFError"):
-        say("--- the program wants input: pipe it in, one line each, as in  seq 100 | python sample.py ... --execute")
+        say("--- it wants input: pipe it in, one line each, as in  seq 100 | python sample.py ... --execute")
 
 
 class Stream:
-    """Prints an answer while it is being made; a character whose bytes are not all there yet waits for them."""
+    """Prints an answer while it is made; a character whose bytes are not all there yet waits for them."""
 
     def __init__(self, tokenizer):
         self.tokenizer, self.ids, self.shown = tokenizer, [], ""
@@ -66,10 +63,10 @@ class Stream:
         self.shown = text
 
 
-def chat(model, tokenizer, config):
+def chat(model, tokenizer, config, cast):
     """Turn by turn, until an empty line or Ctrl-D. Ctrl-C stops the answer, not the program."""
     say("Chat. An empty line ends it; Ctrl-C stops an answer.")
-    history, turn = [], 0
+    history = []
     while True:
         try:
             question = input("you> ").strip()
@@ -78,48 +75,51 @@ def chat(model, tokenizer, config):
         if not question:
             say("bye")
             return
-        prompt = data.encode_prompt(tokenizer, question, "", history)
-        while history and len(prompt) > model.config.block_size // 2:
-            history.pop(0)                      # the oldest turn goes, so that there is room for an answer
-            prompt = data.encode_prompt(tokenizer, question, "", history)
+        room = model.config.block_size // 2     # where there is none for an answer, the oldest turn goes
+        while len(prompt := data.encode_prompt(tokenizer, question, "", history)) > room and history:
+            history.pop(0)
         stream = Stream(tokenizer)
         print("model> ", end="", flush=True)
         try:
-            generator = torch.Generator(model.wte.weight.device).manual_seed(config.seed + turn)
-            generate(model, [prompt], config.max_new_tokens, temperature=config.temperature, top_k=config.top_k,
-                     top_p=config.top_p, eos=tokenizer.end, generator=generator, on_token=stream)
+            answers(model, tokenizer, prompt, 1, config, cast, stream)
         except KeyboardInterrupt:
             print(" [stopped]", end="")
-        except ValueError as error:
+        except UserError as error:
             print(f"[{error}]", end="")
         print()
-        history, turn = history + [(question, stream.shown)], turn + 1
+        history.append((question, stream.shown))
 
 
 def main():
     config, _ = parse("sample", description=__doc__)
     training.set_up_cpu(config.threads)
-    folder = training.run_path(config)
-    stage = pick_stage(folder, config.stage)
-    device = training.pick_device(config.device)
-    model, tokenizer, facts = training.load_model(folder, stage, device)
-    cast = training.autocast(device, torch.bfloat16 if config.dtype == "bf16" else torch.float32)
-    say(f"{folder / stage}.pt, {model.num_params():,} parameters, temperature {config.temperature:g}, seed {config.seed}")
-    if not config.prompt and not config.chat:
+    folder, device = training.run_path(config), training.pick_device(config.device)
+    dtype, _ = training.pick_dtype("fp32" if config.dtype == "auto" else config.dtype, device)
+    cast = training.autocast(device, dtype)
+    models = {stage: training.load_model(folder, stage, device) for stage in pick_stages(folder, config)}
+    for stage, (model, tokenizer, _) in models.items():
+        say(f"{folder / stage}.pt, {model.num_params():,} parameters, temperature {config.temperature:g}, "
+            f"seed {config.seed}")
+    if config.chat:
+        return chat(model, tokenizer, config, cast)
+    questions = [(config.prompt, config.input)] if config.prompt else SHOWN if config.compare else []
+    if not questions:
         raise UserError("nothing to answer: --prompt \"...\" asks once, --chat begins a conversation")
-    with cast:
-        if config.chat:
-            return chat(model, tokenizer, config)
-        if stage == "base":                     # a base knows no turns: it continues the text
-            prompt = [tokenizer.end] + tokenizer.encode(f"{config.prompt} {config.input}".strip())
-        else:
-            prompt = data.encode_prompt(tokenizer, config.prompt, config.input)
-        # what is piped into sample.py is the input of every program that it runs
-        piped = sys.stdin.read() if config.execute and not sys.stdin.isatty() else ""
-        for i, answer in enumerate(answers(model, tokenizer, prompt, config.num_samples, config), 1):
-            say(f"[{i}] {answer}" if config.num_samples > 1 else answer)
-            if config.execute:
-                execute(answer, piped)
+    # what is piped into sample.py is the input of every program that it runs
+    piped = sys.stdin.read() if config.execute and not sys.stdin.isatty() else ""
+    for question in questions:
+        for stage, (model, tokenizer, _) in models.items():
+            text = " ".join(question).strip()
+            prompt = data.encode_prompt(tokenizer, *question)
+            if stage == "base":                 # a base knows no turns: it continues the text
+                prompt = [tokenizer.end] + tokenizer.encode(text)
+            if config.compare:
+                say(f"\n=== {stage}: {text}")
+            found = answers(model, tokenizer, prompt, config.num_samples, config, cast)
+            for i, answer in enumerate(found, 1):
+                say(f"[{i}] {answer}" if config.num_samples > 1 else answer)
+                if config.execute:
+                    execute(answer, piped)
 
 
 if __name__ == "__main__":

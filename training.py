@@ -1,33 +1,32 @@
-"""Plumbing without an equation: device and dtype, optimiser, schedule, checkpoints and resume, metrics, progress.
+"""Plumbing without an equation: device and dtype, optimiser, schedule, checkpoints and resume, progress.
 
-A run is a folder. Each stage of it (base, sft, ...) leaves <stage>.pt (weights), <stage>.json (config, parent, versions,
-seconds) and <stage>.jsonl (one object a step); while it trains, <stage>.state holds all that is needed to go on.
+A run is a folder. Each stage of it (base, sft, ...) leaves <stage>.pt (weights), <stage>.json (config, time)
+and <stage>.jsonl (an object a step); while it trains, <stage>.state holds all that is needed to go on.
 
-Resume is exact because a step depends on nothing but the weights, the optimiser and (seed, stage, step): the loop asks
-for its batch by the step's number, and all random numbers are seeded anew at each step. So nothing else is saved, and a
-run that was killed ends with the very weights of one that was not (same machine, same number of threads).
+Resume is exact because a step depends on nothing but the weights, the optimiser and (seed, stage, step): all
+random numbers are seeded anew at each step, and the loop asks for its batch by the step's number. A run that
+was killed ends with the very weights of one that was not (same machine, same number of threads).
 """
 import contextlib
 import ctypes
 import json
 import math
 import os
-import platform
 import resource
 import sys
 import time
+import timeit
 import zlib
+from collections import namedtuple
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from config import UserError
+from config import UserError, show
 from data import Tokenizer
-from model import GPT, GPTConfig, decay_groups
-
-# ------------------------------------------------------------------------ machine
+from model import GPT, GPTConfig, decay_groups, generate
 
 
 def pick_device(name):
@@ -35,53 +34,36 @@ def pick_device(name):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
+        return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name} does not work here: {str(error).splitlines()[0]}") from None
-    return device
-
-
-def probe_gemm(device, dtype, seconds=0.02):
-    """GFLOP/s of a product of this model family's size: one warm-up, then as many as fit into the time."""
-    a, b = torch.randn(1024, 256, device=device, dtype=dtype), torch.randn(256, 1024, device=device, dtype=dtype)
-    (a @ b).sum().item()
-    start, n = time.perf_counter(), 0
-    while time.perf_counter() - start < seconds:
-        (a @ b).sum().item()
-        n += 1
-    return n * 2 * 1024 * 256 * 1024 / (time.perf_counter() - start) / 1e9
 
 
 def pick_dtype(name, device):
     """"auto", "fp32" or "bf16" -> (torch.dtype, why). auto: bf16 where its products are 1.5 times as fast."""
-    if name != "auto":
-        return {"fp32": torch.float32, "bf16": torch.bfloat16}[name], "as asked"
-    if device.type == "mps":
-        return torch.float32, "the default on mps"
-    fp32, bf16 = (probe_gemm(device, dtype) for dtype in (torch.float32, torch.bfloat16))
+    if name != "auto" or device.type == "mps":
+        return torch.bfloat16 if name == "bf16" else torch.float32, "mps" if name == "auto" else "as asked"
+    speeds = []                                 # GFLOP/s of a product of this model family's size
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = (torch.randn(shape, device=device, dtype=dtype) for shape in ((1024, 256), (256, 1024)))
+        best = min(timeit.repeat(lambda: (a @ b).sum().item(), number=1, repeat=8))
+        speeds.append(2 * 1024 * 256 * 1024 / best / 1e9)
+    fp32, bf16 = speeds
     chosen = torch.bfloat16 if bf16 > 1.5 * fp32 else torch.float32
     return chosen, f"probe: fp32 {fp32:.0f}, bf16 {bf16:.0f} GFLOP/s"
 
 
 def set_up_cpu(n):
-    """The number of CPU threads; by default as many as this process may use (a container may give fewer than exist)."""
+    """The number of CPU threads; by default as many as this process may use (in a container, few)."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     torch.set_num_threads(n or min(cores, torch.get_num_threads()))
-    keep_memory()
-    return torch.get_num_threads()
-
-
-def keep_memory():
-    """Tell glibc to keep freed memory instead of returning it to the kernel at every step.
-
-    A step allocates the same large tensors again and again; fetching and zeroing their pages anew costs as much as a
-    third of it (`tiny`, bf16, two cores: 26.6k tokens/s without this line, 42.0k with it).
-    """
+    # glibc is to keep freed memory: each step allocates the same large tensors, and to fetch and zero their
+    # pages anew costs as much as a third of it (`tiny`, bf16, two cores: 26.6k tokens/s, and 42.0k so).
     with contextlib.suppress(OSError, AttributeError):              # macOS and musl have no mallopt
         libc, M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = ctypes.CDLL(None), -1, -3
         libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
         libc.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
+    return torch.get_num_threads()
 
 
 def autocast(device, dtype):
@@ -89,15 +71,19 @@ def autocast(device, dtype):
     return torch.autocast(device.type, dtype) if dtype == torch.bfloat16 else contextlib.nullcontext()
 
 
-def memory():
-    """The most memory this process has used, in GB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
+def begin(step, config, origin):
+    """What every training command does first -> (its folder, device, autocast); says what it found."""
+    threads, folder, device = set_up_cpu(config.threads), run_folder(config), pick_device(config.device)
+    dtype, why = pick_dtype(config.dtype, device)
+    say(f"{step}.py: config {config.config}, run {folder}, {device} with {threads} threads, "
+        f"{str(dtype).split('.')[1]} ({why})\n" + show(config, origin))
+    return folder, device, autocast(device, dtype)
 
 
 # ------------------------------------------------------------------------ optimiser
 
 def cosine(step, steps, warmup, floor=0.1):
-    """The learning rate of a step as a fraction of its peak: linear warm-up, then a cosine down to `floor`."""
+    """The learning rate of a step as a fraction of its peak: linear warm-up, then a cosine to `floor`."""
     if step < warmup:
         return (step + 1) / warmup
     done = min(1.0, (step - warmup) / max(1, steps - warmup))
@@ -106,9 +92,8 @@ def cosine(step, steps, warmup, floor=0.1):
 
 def set_lr(optimizers, fraction):
     """Every learning rate to this fraction of its peak -> the first one."""
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = fraction * group.setdefault("peak", group["lr"])
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["lr"] = fraction * group.setdefault("peak", group["lr"])
     return optimizers[0].param_groups[0]["lr"]
 
 
@@ -118,16 +103,16 @@ def adamw(groups, lr):
 
 
 def muon_and_adamw(model, matrix_lr, lr, weight_decay):
-    """Muon (Jordan 2024) for the blocks' matrices, AdamW for embeddings, norms and biases -> [adamw, muon].
+    """AdamW for embeddings, norms and biases, Muon (Jordan 2024) for the blocks' matrices -> [adamw, muon].
 
-    Muon steps by (about) the nearest orthogonal matrix to the momentum, so that a rare direction learns as fast as a common
-    one: random lists of 128 words, repeated, are copied after 250 steps, which AdamW had not begun to do after 400.
+    Muon steps by (about) the nearest orthogonal matrix to the momentum: a rare direction learns as fast as a
+    common one. Random lists of 128 words, repeated, are copied after 250 steps, by AdamW not after 400.
     """
-    blocks = {id(p) for p in model.h.parameters() if p.dim() == 2}
-    groups = [{**g, "params": [p for p in g["params"] if id(p) not in blocks]} for g in decay_groups(model, weight_decay)]
-    matrices = [p for p in model.parameters() if id(p) in blocks]
-    return [adamw(groups, lr), torch.optim.Muon(matrices, lr=matrix_lr, momentum=0.95, weight_decay=weight_decay,
-                                                      ns_steps=3)]
+    matrices = [p for name, p in model.named_parameters() if "h." in name and p.dim() == 2]
+    groups = decay_groups(model, weight_decay)                      # the matrices are in the first of them
+    groups[0]["params"] = [p for p in groups[0]["params"] if all(p is not matrix for matrix in matrices)]
+    muon = torch.optim.Muon(matrices, lr=matrix_lr, momentum=0.95, weight_decay=weight_decay, ns_steps=3)
+    return [adamw(groups, lr), muon]
 
 
 # ------------------------------------------------------------------------ files
@@ -135,29 +120,30 @@ def muon_and_adamw(model, matrix_lr, lr, weight_decay):
 def save_atomically(value, path):
     """Write beside, then rename: whenever the power goes, the file is whole, the old one or the new one.
 
-    value: tensors and plain values for torch.save, or one NumPy array for a .npy file.
+    By the name's ending: .json, .jsonl (a list of rows), .npy (one array), or whatever torch.save takes.
     """
     path = Path(path)
     beside = path.with_name(path.name + ".tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(beside, "wb") as file:
-            np.save(file, value) if isinstance(value, np.ndarray) else torch.save(value, file)
+            if path.suffix == ".json":
+                file.write(json.dumps(value, indent=1, ensure_ascii=False).encode())
+            elif path.suffix == ".jsonl":
+                file.writelines(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in value)
+            else:
+                np.save(file, value) if path.suffix == ".npy" else torch.save(value, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror or error}. Choose another folder with --out") from None
-    except RuntimeError as error:       # torch's zip writer wraps a full disk in this
-        beside.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {str(error).splitlines()[0]} (is the disk full?)") from None
+    except (OSError, RuntimeError) as error:    # torch's zip writer wraps a full disk in a RuntimeError
+        with contextlib.suppress(OSError):
+            beside.unlink()
+        why = getattr(error, "strerror", None) or str(error).partition("\n")[0] + " (is the disk full?)"
+        raise UserError(f"cannot write to {path}: {why}. --out names another folder") from None
 
 
-def save_json(value, path):
-    """What a person wants to read, written beside and then renamed."""
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text(json.dumps(value, indent=1, ensure_ascii=False), encoding="utf8")
-    os.replace(beside, path)
+save_json = save_lines = save_atomically     # the names that reward.py and evaluate.py use
 
 
 def load(path, device="cpu"):
@@ -165,25 +151,20 @@ def load(path, device="cpu"):
     try:
         return torch.load(path, map_location=device, weights_only=True)
     except Exception as error:
-        raise UserError(f"{path} cannot be read ({type(error).__name__}: {str(error).splitlines()[0]}). "
-                        "Remove it, and run its step again.") from None
+        why = type(error).__name__
+        raise UserError(f"{path} cannot be read ({why}). Remove it, and run its step again") from None
 
 
 def run_path(config):
     """Where the run is: --out, or runs/<config>, or with own data runs/<config>-<file stem>."""
-    return Path(config.out or Path("runs") / (config.config + (f"-{Path(config.data).stem}" if config.data else "")))
+    return Path(config.out or f"runs/{config.config}" + (f"-{Path(config.data).stem}" if config.data else ""))
 
 
 def run_folder(config):
     """The folder of the run, made and proved writable before anything is computed."""
     folder = run_path(config)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.write_bytes(b"\0" * 65536)
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}. Choose another folder with --out") from None
+    save_atomically(np.zeros(8192), folder / ".writable.npy")
+    (folder / ".writable.npy").unlink()
     if config.resume and not list(folder.glob("*.state")):
         raise UserError(f"nothing to resume: {folder} holds no interrupted run. Run it without --resume")
     return folder
@@ -191,29 +172,22 @@ def run_folder(config):
 
 # ------------------------------------------------------------------------ what the user sees
 
-_line, _last = 0, 0.0       # how many characters of a progress line stand on the terminal; when the last one was shown
+_shown = -99.0              # when a line of progress was last printed
 
 
 def say(text=""):
     """One line that stays."""
-    global _line
-    if _line:
-        sys.stdout.write("\r" + " " * _line + "\r")
-        _line = 0
-    print(text, flush=True)
+    print("\r\x1b[K" + text if sys.stdout.isatty() else text, flush=True)
 
 
-def progress(text):
-    """One line that the next one replaces; where the output is no terminal, now and then a line like any other."""
-    global _line, _last
-    if not sys.stdout.isatty():
-        if time.perf_counter() - _last > 5:
-            _last = time.perf_counter()
-            print(text, flush=True)
-        return
-    sys.stdout.write("\r" + text.ljust(_line))
-    sys.stdout.flush()
-    _line = len(text)
+def progress(text, always=False):
+    """One line that the next one replaces; in a file, a line like others now and then."""
+    global _shown
+    if sys.stdout.isatty():
+        print("\r\x1b[K" + text, end="", flush=True)
+    elif always or time.perf_counter() - _shown > 10:
+        print(text, flush=True)
+        _shown = time.perf_counter()
 
 
 def clock(seconds):
@@ -223,32 +197,25 @@ def clock(seconds):
 
 
 def command(main):
-    """Runs a script's main: a UserError is one line and exit code 2, Ctrl-C a line that says how to go on."""
+    """Runs a script's main: what the user can mend is one line, Ctrl-C a line that says how to go on."""
     try:
         main()
-    except UserError as error:
-        say(f"error: {error}")
-        sys.exit(2)
     except BrokenPipeError:                     # python sample.py ... | head -1
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as error:                    # a full disk, say
-        say(f"error: {error.filename or 'a file'}: {error.strerror}")
+    except (UserError, OSError) as error:       # OSError: a full disk, say
+        file = f"{error.filename or 'a file'}: {error.strerror}" if isinstance(error, OSError) else ""
+        say(f"error: {file or error}")
         sys.exit(2)
     except KeyboardInterrupt:
         say("interrupted. The last state is kept: the same command goes on from there.")
         sys.exit(130)
 
 
-# ------------------------------------------------------------------------ a stage
+# ------------------------------------------------------------------------ a stage, and the model it leaves
 
 def seed_of(*parts):
     """A seed from (seed, stage, step, ...): the same in every process."""
     return zlib.crc32(" ".join(map(str, parts)).encode())
-
-
-def fingerprint(config):
-    """What must agree for a run to go on with its result unchanged."""
-    return {k: v for k, v in asdict(config).items() if k not in ("resume", "fresh", "out")}
 
 
 class Stage:
@@ -258,39 +225,33 @@ class Stage:
         for step in stage:                  # goes on where an interrupted run stopped
             ...
             stage.log(tokens=n, loss=loss)  # one object in base.jsonl
-        stage.finish(model)                 # base.pt, base.json
+        stage.finish(model.state_dict())    # base.pt, base.json
 
-    parts: whatever has state_dict() and load_state_dict() and changes from step to step.
+    parts: whatever has a state_dict and changes from step to step. history: the rows of all steps so far.
     """
     SAVE_EVERY = 15.0                       # seconds between two states; one costs milliseconds at `tiny`
 
     def __init__(self, folder, name, config, steps, **parts):
         self.name, self.config, self.steps, self.parts = name, config, steps, parts
-        self.folder, self.rows, self.step, self.seconds, self.tokens = Path(folder), [], 0, 0.0, 0
-        self.state_path, self.log_path = self.folder / f"{name}.state", self.folder / f"{name}.jsonl"
+        self.path, self.state_path = f"{folder}/{name}", Path(f"{folder}/{name}.state")
+        self.began = self.saved = time.perf_counter()
+        self.step, self.tokens, self.history = 0, 0, []
+        # what must agree for a run to go on with its result unchanged
+        self.fixed = {k: v for k, v in asdict(config).items() if k not in ("resume", "fresh", "out")}
         if config.fresh:
             self.state_path.unlink(missing_ok=True)
         if self.state_path.exists():
-            self._resume()
-        else:
-            self.log_path.write_text("")
-        self.first, self.began = self.step, time.perf_counter()
-        self.saved, self.shown = self.began, 0.0
-
-    def _resume(self):
-        state = load(self.state_path)
-        mine = fingerprint(self.config)
-        if state["config"] != mine:
-            changed = [key for key in mine if state["config"].get(key) != mine[key]]
-            raise UserError(f"{self.state_path} belongs to an interrupted run with another {', '.join(changed)}. Go on "
-                            "with the same values, or begin anew with --fresh")
-        for name, part in self.parts.items():
-            part.load_state_dict(state["parts"][name])
-        self.step, self.seconds = state["step"], state["seconds"]
-        rows = self.log_path.read_text(encoding="utf8").splitlines() if self.log_path.exists() else []
-        rows = [row for row in rows if row.endswith("}") and json.loads(row)["step"] <= self.step]
-        self.log_path.write_text("".join(row + "\n" for row in rows), encoding="utf8")
-        say(f"  {self.name}: an interrupted run is there; going on after step {self.step} of {self.steps}")
+            state = load(self.state_path)
+            changed = [key for key, value in self.fixed.items() if state["config"].get(key) != value]
+            if changed:
+                raise UserError(f"{self.state_path}: interrupted with another {', '.join(changed)}. "
+                                "Go on with the same values, or begin anew with --fresh")
+            for part in parts:
+                parts[part].load_state_dict(state["parts"][part])
+            self.step, self.tokens, self.history = state["step"], state["tokens"], state["history"]
+            self.began -= state["seconds"]
+            say(f"  {name}: an interrupted run is there; going on after step {self.step} of {steps}")
+        save_atomically(self.history, f"{self.path}.jsonl")
 
     def __iter__(self):
         """The numbers of the steps that remain, 0-based; all random numbers are seeded anew at each."""
@@ -301,81 +262,86 @@ class Stage:
             if time.perf_counter() - self.saved > self.SAVE_EVERY and self.step < self.steps:
                 self.save()
 
-    def elapsed(self):
-        """Seconds of work so far, those before an interruption included."""
-        return self.seconds + time.perf_counter() - self.began
-
     def save(self):
-        self._write_rows()
+        save_atomically(self.history, f"{self.path}.jsonl")
         parts = {name: part.state_dict() for name, part in self.parts.items()}
-        save_atomically({"parts": parts, "step": self.step, "seconds": self.elapsed(),
-                         "config": fingerprint(self.config)}, self.state_path)
+        save_atomically({"parts": parts, "step": self.step, "tokens": self.tokens, "history": self.history,
+                         "seconds": time.perf_counter() - self.began, "config": self.fixed}, self.state_path)
         self.saved = time.perf_counter()
 
     def update(self, optimizers, loss, clip):
-        """Clip the accumulated gradient and step -> its norm. UserError where the loss or the norm is not finite."""
+        """Clip the accumulated gradient and step -> its norm. UserError where loss or norm is not finite."""
         params = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
         norm = torch.nn.utils.clip_grad_norm_(params, clip).item()
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            self._write_rows()
-            kept = f"the last good state is {self.state_path}" if self.state_path.exists() else "no state was saved yet"
-            raise UserError(f"{self.name}, step {self.step + 1}: the loss is {loss}, the gradient's norm {norm}; {kept}. "
-                            "Try a lower learning rate, or --dtype fp32")
+            save_atomically(self.history, f"{self.path}.jsonl")
+            raise UserError(f"{self.name}, step {self.step + 1}: loss {loss}, gradient's norm {norm}. "
+                            f"Try a lower learning rate or --dtype fp32. Last good state: {self.state_path}")
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         return norm
 
-    def log(self, tokens=0, **metrics):
-        """The current step's row, and the progress line. tokens: how many were trained on."""
+    def log(self, tokens=0, shown=None, **metrics):
+        """The current step's row, and the line of progress, which shows the metrics named `shown`, or all."""
         self.tokens += tokens
-        self.rows.append({"step": self.step + 1, **metrics})
-        now, done = time.perf_counter(), self.step + 1 - self.first
-        if now - self.shown > (0.5 if sys.stdout.isatty() else 15.0) or self.step + 1 == self.steps:
-            self.shown, spent = now, now - self.began
-            shown = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items() if name != "lr")
-            progress(f"  {self.name} {self.step + 1}/{self.steps}  {shown}  {self.tokens / spent:,.0f} tokens/s  "
-                     f"{memory():.2f} GB  {clock(spent / done * (self.steps - self.step - 1))} left")
-
-    def _write_rows(self):
-        with open(self.log_path, "a", encoding="utf8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in self.rows)
-        self.rows = []
+        self.history.append({"step": self.step + 1, **metrics})
+        done, spent = self.step + 1, time.perf_counter() - self.began
+        found = "  ".join(f"{name} {metrics[name]:.3f}" for name in shown or metrics
+                          if name in metrics and name != "lr")
+        unit = 2 ** 30 if sys.platform == "darwin" else 2 ** 20
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+        progress(f"  {self.name} {done}/{self.steps}  {found}  {self.tokens / spent:,.0f} tokens/s  "
+                 f"{memory:.2f} GB  {clock(spent / done * (self.steps - done))} left",
+                 always=done in (1, self.steps))
 
     def finish(self, weights, **facts):
         """<stage>.pt with the weights, <stage>.json with the facts; then the state has served."""
-        self._write_rows()
-        save_atomically(weights, self.folder / f"{self.name}.pt")
-        facts = {"config": asdict(self.config), **facts, "steps": self.steps, "seconds": round(self.elapsed(), 1),
-                 "versions": {"python": platform.python_version(), "torch": torch.__version__}}
-        save_json(facts, self.folder / f"{self.name}.json")
+        save_atomically(self.history, f"{self.path}.jsonl")
+        save_atomically(weights, f"{self.path}.pt")
+        facts = {"config": asdict(self.config), **facts, "steps": self.steps,
+                 "seconds": round(time.perf_counter() - self.began, 1),
+                 "versions": {"python": sys.version.split()[0], "torch": torch.__version__}}
+        save_atomically(facts, f"{self.path}.json")
         self.state_path.unlink(missing_ok=True)
 
-
-# ------------------------------------------------------------------------ models of a run
 
 def build(config, vocab_size):
     """A fresh GPT of the config's shape, its weights drawn from the config's seed."""
     torch.manual_seed(seed_of(config.seed, "init"))
     flash = {"auto": None, "yes": True, "no": False}[config.flash]
-    return GPT(GPTConfig(vocab_size, config.block_size, config.n_layer, config.n_head, config.n_embd, flash=flash,
-                         init_std=config.init_std, wave_std=config.wave_std))
+    return GPT(GPTConfig(vocab_size, config.block_size, config.n_layer, config.n_head, config.n_embd,
+                         flash=flash, init_std=config.init_std, wave_std=config.wave_std))
 
 
 def finished(folder, stage):
     """Is this stage of the run complete?"""
-    return (Path(folder) / f"{stage}.pt").exists() and (Path(folder) / f"{stage}.json").exists()
+    return all((Path(folder) / f"{stage}.{ending}").exists() for ending in ("pt", "json"))
 
 
 def load_model(folder, stage, device="cpu"):
     """The model of a finished stage -> (GPT, Tokenizer, what <stage>.json says)."""
     folder = Path(folder)
-    try:
-        facts = json.loads((folder / f"{stage}.json").read_text(encoding="utf8"))
-    except (OSError, ValueError):
-        step = "sft" if stage == "base" else stage
-        raise UserError(f"{folder} has no finished {stage}. Make it first: python {step}.py") from None
-    tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    if not finished(folder, stage):
+        script = stage.partition("_")[0].replace("base", "sft")
+        raise UserError(f"{folder} has no finished {stage}. Make it first: python {script}.py")
+    facts = json.loads((folder / f"{stage}.json").read_text(encoding="utf8"))
     model = GPT(GPTConfig(**facts["model"])).to(device)
     model.load_state_dict(load(folder / f"{stage}.pt", device))
-    return model, tokenizer, facts
+    return model, Tokenizer.load(folder / "tokenizer.json"), facts
+
+
+Answer = namedtuple("Answer", "ids text ended")      # ended: by itself, not by the limit or the context
+
+
+def respond(model, tokenizer, prompts, max_new_tokens, temperature, seed, cast, batch_size=256, **options):
+    """One Answer to each prompt, short ones first: little padding. options: others of model.generate."""
+    generator = torch.Generator(model.wte.weight.device).manual_seed(seed)
+    order, found = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), {}
+    for part in (order[start:start + batch_size] for start in range(0, len(order), batch_size)):
+        with cast:
+            drawn = generate(model, [prompts[i] for i in part], max_new_tokens, temperature=temperature,
+                             eos=tokenizer.end, generator=generator, **options)
+        for i, ids in zip(part, drawn.responses):
+            found[i] = Answer(ids, tokenizer.decode(ids), ids[-1:] == [tokenizer.end])
+    return [found[i] for i in range(len(prompts))]

@@ -19,7 +19,7 @@ torch.set_num_threads(2)
 
 # A whole run of sft.py in seconds: too small to learn anything, big enough to go through every line.
 TINY = ("--dtype fp32 --threads 2 --n-layer 1 --n-embd 32 --n-head 2 --vocab-size 400 --warmup 3 --eval-every 100 "
-        "--pretrain-steps 12 --recital-steps 4 --pretrain-batch 1024 --pretrain-docs 20000 --demonstrations 200 --epochs 2 --epochs 2 "
+        "--pretrain-steps 12 --recital-steps 4 --pretrain-batch 1024 --pretrain-docs 20000 --demonstrations 200 --epochs 2 "
         "--batch-size 32").split()
 
 

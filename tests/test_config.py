@@ -47,6 +47,20 @@ def test_switches():
     assert parse("sample", ["--chat", "--seed", "2"])[0].chat is True
 
 
+@pytest.mark.parametrize("step, argv, field, value", [
+    ("reward", ["--from", "sft,ppo"], "from_", "sft,ppo"),          # `from` is a word of Python, the flag is not
+    ("reward", ["--min-k", "2", "--max-k", "2"], "max_k", 2),
+    ("ppo", ["--unfinished-score", "-2.5"], "unfinished_score", -2.5),      # a penalty, so below zero
+    ("ppo", ["--ema", "0.9999"], "ema", 0.9999),
+    ("sample", ["--top-p=1"], "top_p", 1.0),
+    ("sample", ["--prompt", "-- what a day"], "prompt", "-- what a day"),   # a text, not a flag
+    ("sample", ["--prompt=--x"], "prompt", "--x"),
+    ("sample", ["--prompt", "a=b_c"], "prompt", "a=b_c"),
+])
+def test_what_is_unusual_but_works(step, argv, field, value):
+    assert getattr(parse(step, argv)[0], field) == value
+
+
 @pytest.mark.parametrize("step, argv, words", [
     ("sft", ["--pretrain-step", "5"], ["--pretrain-step", "--pretrain-steps"]),     # names the nearest flag
     ("sft", ["--batchsize", "5"], ["--batch-size"]),
@@ -58,7 +72,7 @@ def test_switches():
     ("sft", ["--lr", "fast"], ["--lr", "float"]),
     ("sft", ["--lr", "nan"], ["--lr"]),
     ("sft", ["--lr=-1"], ["--lr"]),
-    ("sft", ["--n-layer", "0"], ["--n-layer", "at least 1"]),
+    ("sft", ["--n-layer", "0"], ["--n-layer", "from 1"]),
     ("sft", ["--epochs", "0"], ["--epochs"]),
     ("sft", ["--accumulate", "0"], ["--accumulate"]),
     ("sft", ["--n-embd", "30"], ["--n-embd 30", "--n-head 4"]),
@@ -71,6 +85,19 @@ def test_switches():
     ("sample", ["--top-p", "0"], ["--top-p"]),
     ("sample", ["--top-p", "1.5"], ["--top-p"]),
     ("sample", ["--num-samples", "0"], ["--num-samples"]),
+    ("sample", ["--chat", "--sed", "3"], ["--sed", "Did you mean --seed?"]),                # no value of --chat
+    ("sft", ["--out", "--seed", "3"], ["--out needs a value"]),                             # --out $UNSET_VARIABLE
+    ("sft", ["--threads=-1"], ["--threads", "from 0"]),
+    ("reward", ["--min-k", "1"], ["--min-k", "from 2 to 9"]),       # one answer compares nothing
+    ("reward", ["--max-k", "10"], ["--max-k", "from 2 to 9"]),
+    ("reward", ["--min-k", "6", "--max-k", "5"], ["--min-k 6", "--max-k 5"]),
+    ("reward", ["--from", ""], ["--from", "sft,ppo"]),
+    ("reward", ["--from", "sft,,ppo"], ["--from", "sft,ppo"]),
+    ("reward", ["--from"], ["--from needs a value"]),
+    ("reward", ["--from_", "sft"], ["--from_", "Did you mean --from?"]),
+    ("ppo", ["--unfinished-score", "nan"], ["--unfinished-score"]),
+    ("ppo", ["--beta=-0.1"], ["--beta", "from 0"]),
+    ("ppo", ["--ema", "1"], ["--ema"]),                     # 1 would keep the weights of the start
 ])
 def test_what_cannot_work_is_one_line(step, argv, words):
     """One line that names the flag and the remedy; never a traceback, never a page of usage."""
@@ -94,8 +121,10 @@ def test_help_lists_every_flag_with_its_default(step, capsys):
     shown = capsys.readouterr().out
     assert stop.value.code == 0
     for field in fields(config.CONFIGS[step]):
-        assert "--" + field.name.replace("_", "-") in shown
-    assert f"default {config.CONFIGS[step]().seed!r}" in shown
+        line = next(line for line in shown.splitlines() if line.split()[:1] == [config.flag(field.name)])
+        assert line.endswith(f"default {field.default!r}")
+        unset = field.type is bool or field.default == ""      # and what it lists, it takes
+        assert unset or parse(step, [config.flag(field.name), str(field.default)])[1][field.name] == "command line"
 
 
 def test_a_config_cannot_be_changed_by_accident():
@@ -105,6 +134,9 @@ def test_a_config_cannot_be_changed_by_accident():
 
 def test_what_is_shown_is_complete():
     """The resolved config is printed once; of what is at work nothing is left out."""
+    found, origin = parse("ppo", ["--ptx-coef", "0", "--fresh", "no"])
+    asked, rest = config.show(found, origin).split("default:")      # what was asked for, also where it is off
+    assert "ptx_coef=0.0" in asked and "fresh=False" in asked and "resume" not in rest
     found, origin = parse("sft", ["--config", "small", "--lr", "0.25"])
     shown = config.show(found, origin)
     assert "lr=0.25" in shown.split("preset:")[0] and "n_embd=384" in shown.split("preset:")[1].split("default:")[0]

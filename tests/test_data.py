@@ -1,4 +1,5 @@
 """Text to tokens to batches: what a tokenizer must keep, what the masks mean, and every bad file in one clear line."""
+import json
 import random
 import re
 from collections import Counter
@@ -254,12 +255,12 @@ BAD = {     # name of the file: (its bytes; None: there is none), what the messa
     "cut.json": (b'[{"instruction": "a",\n"output": "b"}', ["line 2", "not JSON"]),
     "broken.jsonl": (b'{"prompt": "a", "completion": "b"}\n\n{"prompt": "a"; }\n', ["line 3", "not JSON"]),
     "object.json": (b'{\n "data": [{"instruction": "a", "output": "b"}]\n}', ["line 1", "array", "one object a line"]),
-    "numbers.json": (b"[1, 2]", ["item 1", "int", "instruction"]),
-    "no_output.json": (b'[{"instruction": "a", "output": "b"}, {"instruction": "c"}]', ["item 2", '"output"', "Needed"]),
-    "no_instruction.jsonl": (b'{"prompt": "a", "completion": "b"}\n{"text": "c"}', ["line 2", '"prompt"', "Needed"]),
-    "no_answer.json": (b'[{"instruction": "a", "output": " "}]', ["item 1", '"output"', "empty"]),
-    "no_question.json": (b'[{"instruction": "", "output": "b"}]', ["item 1", '"instruction"', "empty"]),
-    "number.json": (b'[{"instruction": "a", "output": 5}]', ["item 1", '"output"']),
+    "numbers.json": (b"[1, 2]", ["item 1", "not 1", "instruction"]),
+    "no_output.json": (b'[{"instruction": "a", "output": "b"}, {"instruction": "c"}]', ["item 2", 'needed: "output"', "None"]),
+    "no_instruction.jsonl": (b'{"prompt": "a", "completion": "b"}\n{"text": "c"}', ["line 2", 'needed: "instruction" or "prompt"']),
+    "no_answer.json": (b'[{"instruction": "a", "output": " "}]', ["item 1", 'needed: "output"', "' '"]),
+    "no_question.json": (b'[{"instruction": "", "output": "b"}]', ["item 1", 'needed: "instruction"', "''"]),
+    "number.json": (b'[{"instruction": "a", "output": 5}]', ["item 1", 'needed: "output"', "not 5"]),
     "input.json": (b'[{"instruction": "a", "input": ["x"], "output": "b"}]', ["item 1", '"input"']),
 }
 
@@ -290,3 +291,114 @@ def test_through_the_command_line(name, tmp_path, run):
     last = done.out.strip().splitlines()[-1]
     assert done.code == 2 and last.startswith("error: ") and name in last and "Traceback" not in done.out
     assert not list((tmp_path / "run").glob("*.pt"))
+
+
+# ---------------------------------------------------------------- comparisons
+
+ASK = {"prompt": "a"}
+RANKED = [      # a record -> (instruction, input, history, responses, ranks)
+    ({"prompt": "a", "chosen": "b", "rejected": "c"}, ("a", "", [], ["b", "c"], [0, 1])),
+    ({"instruction": "a", "chosen": "b", "rejected": "c"}, ("a", "", [], ["b", "c"], [0, 1])),
+    ({"instruction": "a", "input": "x", "chosen": "b", "rejected": "c"}, ("a", "x", [], ["b", "c"], [0, 1])),
+    ({"instruction": "猫", "input": None, "history": None, "chosen": "b", "rejected": "c"},
+     ("猫", "", [], ["b", "c"], [0, 1])),
+    ({**ASK, "chosen": "b", "rejected": ""}, ("a", "", [], ["b", ""], [0, 1])),     # nothing is an answer too
+    ({**ASK, "responses": ["b", "c"], "ranks": [1, 0]}, ("a", "", [], ["b", "c"], [1, 0])),
+    ({**ASK, "responses": ["b", "c", "d"], "ranks": [2, 0, 2]}, ("a", "", [], ["b", "c", "d"], [2, 0, 2])),   # a tie
+    ({**ASK, "responses": list("bcdefghij"), "ranks": [3, 1, 4, 1, 5, 2, 6, 5, 3]},
+     ("a", "", [], list("bcdefghij"), [3, 1, 4, 1, 5, 2, 6, 5, 3])),
+    ({**ASK, "responses": ["b", "c", "b"], "ranks": [1, 0, 1]}, ("a", "", [], ["b", "c"], [1, 0])),     # one twice
+    ({**ASK, "history": [["q", "r"], ["s", "t"]], "chosen": "b", "rejected": "c"},
+     ("a", "", [("q", "r"), ("s", "t")], ["b", "c"], [0, 1])),
+]
+SKIPPED = {     # what compares nothing -> how it is counted
+    "with one answer": [{**ASK, "responses": ["b"], "ranks": [0]}, {**ASK, "responses": [], "ranks": []}],
+    "with equal texts": [{**ASK, "chosen": "b", "rejected": "b"},
+                         {**ASK, "responses": ["b", "b", "b"], "ranks": [0, 1, 2]}],
+    "with ties only": [{**ASK, "responses": ["b", "c"], "ranks": [1, 1]}],
+}
+
+
+def write(records, path):
+    """As an array, or as one object a line with blank lines between."""
+    lines = [json.dumps(record, ensure_ascii=False) for record in records]
+    path.write_text("[" + ",\n".join(lines) + "]" if path.suffix == ".json" else "\n\n".join(lines), encoding="utf8")
+    return path
+
+
+@pytest.mark.parametrize("name", ["array.json", "lines.jsonl"])
+def test_comparisons_from_a_file(name, tmp_path):
+    """Every shape, with what compares nothing among them. Usual mistake: "rejected" first, or ranks the wrong way."""
+    nothing = [record for records in SKIPPED.values() for record in records]
+    path = write([nothing[0], *(record for record, _ in RANKED), *nothing[1:]], tmp_path / name)
+    found, skipped = data.read_comparisons(path)
+    assert found == [wanted for _, wanted in RANKED]
+    assert skipped == {why: len(records) for why, records in SKIPPED.items()}
+
+
+@pytest.mark.parametrize("K", range(2, 10))
+def test_any_number_of_answers(K, tmp_path):
+    record = {**ASK, "responses": [f"answer {i}" for i in range(K)], "ranks": list(range(K))[::-1]}
+    assert data.read_comparisons(write([record], tmp_path / "K.jsonl")) == (
+        [("a", "", [], record["responses"], record["ranks"])], {})
+
+
+def test_nothing_to_compare(tmp_path):
+    """Usual mistake: an empty batch, far from the file that caused it."""
+    records = [record for records in SKIPPED.values() for record in records]
+    with pytest.raises(UserError, match="all.jsonl holds no comparison.*2 with one answer.*1 with ties only"):
+        data.read_comparisons(write(records, tmp_path / "all.jsonl"))
+    with pytest.raises(UserError, match="none.json holds no comparison"):
+        data.read_comparisons(write([], tmp_path / "none.json"))
+
+
+TWO = ["b", "c"]
+UNRANKED = [    # a record that is wrong, what the message must say
+    ({**ASK, "responses": TWO, "ranks": [0]}, ['2 "ranks"', "[0]"]),
+    ({**ASK, "responses": TWO, "ranks": [0, 1, 2]}, ['2 "ranks"', "[0, 1, 2]"]),
+    ({**ASK, "responses": [], "ranks": [0]}, ['0 "ranks"']),
+    ({**ASK, "responses": TWO, "ranks": [0, -1]}, ['"ranks"', "-1"]),       # -1 is the table's "no such answer"
+    ({**ASK, "responses": TWO, "ranks": [False, True]}, ['"ranks"', "like [0, 1]", "True"]),
+    ({**ASK, "responses": TWO, "ranks": [0.0, 1.5]}, ['"ranks"', "1.5"]),
+    ({**ASK, "responses": TWO, "ranks": ["0", "1"]}, ['"ranks"', "'1'"]),
+    ({**ASK, "responses": TWO, "ranks": 1}, ['"ranks"']),
+    ({**ASK, "responses": TWO}, ['"ranks"', "None"]),
+    ({**ASK, "ranks": [0, 1]}, ['"responses" or "chosen, rejected"']),
+    (ASK, ['"responses" or "chosen, rejected"']),
+    ({**ASK, "responses": "bc", "ranks": [0, 1]}, ['"responses"', "'bc'"]),
+    ({**ASK, "responses": ["b", None], "ranks": [0, 1]}, ['"responses"', "None"]),
+    ({**ASK, "responses": ["b", 5], "ranks": [0, 1]}, ['"responses"', "5"]),
+    ({**ASK, "chosen": "b"}, ["chosen, rejected", "None"]),
+    ({**ASK, "rejected": "b"}, ["chosen, rejected", "None"]),
+    ({**ASK, "chosen": ["b"], "rejected": "c"}, ["chosen, rejected"]),
+    ({"chosen": "b", "rejected": "c"}, ['"instruction" or "prompt"']),
+    ({"prompt": " ", "chosen": "b", "rejected": "c"}, ['"prompt"']),
+    ({"prompt": 5, "chosen": "b", "rejected": "c"}, ['"prompt"', "5"]),
+    ({**ASK, "input": ["x"], "chosen": "b", "rejected": "c"}, ['"input"']),
+    ({**ASK, "history": "q", "chosen": "b", "rejected": "c"}, ['"history"']),
+    ({**ASK, "history": [["q"]], "chosen": "b", "rejected": "c"}, ['"history"', "answer"]),
+    ({**ASK, "history": [["q", 5]], "chosen": "b", "rejected": "c"}, ['"history"', "5"]),
+    ({**ASK, "history": [{"role": "user"}], "chosen": "b", "rejected": "c"}, ['"history"', "role"]),
+    ({"prompt": " ", "responses": ["b"], "ranks": [0]}, ['"prompt"']),      # it would be skipped, but is wrong
+    (7, ["7", "prompt"]),
+]
+
+
+@pytest.mark.parametrize("record, words", UNRANKED, ids=repr)
+@pytest.mark.parametrize("name", ["array.json", "lines.jsonl"])
+def test_a_bad_comparison_is_one_line(name, record, words, tmp_path):
+    """Which file, which place in it, which key, and what to write there."""
+    path = write([RANKED[0][0], record], tmp_path / name)
+    with pytest.raises(UserError) as error:
+        data.read_comparisons(path)
+    message, place = str(error.value), "item 2" if name == "array.json" else "line 3"
+    assert f"{name}, {place}: needed: " in message and "\n" not in message, message
+    assert all(word in message for word in words) and len(message) < len(str(path)) + 160, message
+
+
+@pytest.mark.parametrize("name", ["missing.json", "empty.json", "latin1.jsonl", "broken.json", "object.json"])
+def test_a_file_of_comparisons_that_cannot_be_read(name, tmp_path):
+    path = put(name, tmp_path)
+    with pytest.raises(UserError) as error:
+        data.read_comparisons(path)
+    assert name in str(error.value) and all(word in str(error.value) for word in BAD[name][1]), error.value

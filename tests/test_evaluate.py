@@ -10,6 +10,7 @@ import torch
 
 import data
 import evaluate
+import training
 import world
 from config import EvaluateConfig
 
@@ -79,16 +80,15 @@ def test_every_answer_belongs_to_its_question(few_shot, bytewise, tasks, monkeyp
             asked = [bytewise.decode(p).rpartition("Question: ")[2].rpartition("\nAnswer:")[0] for p in prompts]
             return SimpleNamespace(responses=[bytewise.encode(answer_to[a] + "\n\nQuestion: and?\nAnswer: ha") for a in asked])
         return SimpleNamespace(responses=[bytewise.encode(bare[tuple(p)]) + [eos] for p in prompts])
-    monkeypatch.setattr(evaluate, "generate", perfect)
+    monkeypatch.setattr(training, "generate", perfect)
     model = SimpleNamespace(config=SimpleNamespace(block_size=4000), wte=SimpleNamespace(weight=torch.zeros(1)))
-    answers, stopped = evaluate.respond(model, bytewise, tasks, few_shot, 0.3, EvaluateConfig(batch_size=8),
-                                        contextlib.nullcontext())
-    assert answers == [t.output for t in tasks] and all(stopped)
+    answers = evaluate.respond(model, bytewise, tasks, few_shot, 0.3, EvaluateConfig(batch_size=8), contextlib.nullcontext())
+    assert [a.text for a in answers] == [t.output for t in tasks] and all(a.ended for a in answers)
     assert list(map(len, sizes)) == [8, 8, 8, 8, 8, 5] and temperatures == {0.3}
     assert sum(sizes, []) == sorted(sum(sizes, [])), "equal lengths together"
     run_many = world.sandbox.run_many       # patient, as a busy machine lets a trivial program wait for two seconds
     monkeypatch.setattr(world.sandbox, "run_many", lambda programs: run_many(programs, timeout=30.0))
-    table = evaluate.tabulate(tasks, world.judge_many(tasks, answers, stopped))
+    table = evaluate.tabulate(tasks, world.judge_many(tasks, [a.text for a in answers], [a.ended for a in answers]))
     for category in ("overall", *world.CATEGORIES):
         n = 45 if category == "overall" else 5
         assert (table["accuracy"][category]["mean"], table["accuracy"][category]["n"]) == (1, n)
@@ -96,12 +96,12 @@ def test_every_answer_belongs_to_its_question(few_shot, bytewise, tasks, monkeyp
 
 
 def test_an_answer_that_does_not_end_is_not_stopped(bytewise, tasks, monkeypatch):
-    monkeypatch.setattr(evaluate, "generate", lambda model, prompts, *a, **k: SimpleNamespace(
+    monkeypatch.setattr(training, "generate", lambda model, prompts, *a, **k: SimpleNamespace(
         responses=[bytewise.encode("ha ha") for _ in prompts]))
     model = SimpleNamespace(config=SimpleNamespace(block_size=4000), wte=SimpleNamespace(weight=torch.zeros(1)))
-    answers, stopped = evaluate.respond(model, bytewise, tasks, False, 1.0, EvaluateConfig(), contextlib.nullcontext())
-    assert answers == ["ha ha"] * 45 and not any(stopped)
-    table = evaluate.tabulate(tasks, world.judge_many(tasks, answers, stopped))
+    answers = evaluate.respond(model, bytewise, tasks, False, 1.0, EvaluateConfig(), contextlib.nullcontext())
+    assert [a.text for a in answers] == ["ha ha"] * 45 and not any(a.ended for a in answers)
+    table = evaluate.tabulate(tasks, world.judge_many(tasks, [a.text for a in answers], [a.ended for a in answers]))
     assert table["accuracy"]["overall"]["mean"] == 0 == table["stopped"]["mean"]
 
 
@@ -114,7 +114,7 @@ def test_a_short_context_is_no_error(context, few_shot, bytewise, tasks, monkeyp
     def recording(model, prompts, *args, **kwargs):
         sizes.extend(map(len, prompts))
         return SimpleNamespace(responses=[[] for _ in prompts])
-    monkeypatch.setattr(evaluate, "generate", recording)
+    monkeypatch.setattr(training, "generate", recording)
     model = SimpleNamespace(config=SimpleNamespace(block_size=context), wte=SimpleNamespace(weight=torch.zeros(1)))
     evaluate.respond(model, bytewise, tasks, few_shot, 1.0, EvaluateConfig(), contextlib.nullcontext())
     assert len(sizes) == 45 and 0 < min(sizes) and max(sizes) < context

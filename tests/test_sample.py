@@ -1,10 +1,14 @@
 """Using a model: which one, how often, in whole characters, with its code run; and what cannot be asked of it."""
+import contextlib
+
 import pytest
 
 import data
 import sample
 import training
+import world
 from config import SampleConfig
+from model import Generation
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +35,7 @@ def test_the_furthest_stage_is_used(tiny_run, run, tmp_path):
     assert "base.pt" in run("sample", "--out", tiny_run.folder, *ask, "--stage", "base").out
     missing = run("sample", "--out", tiny_run.folder, *ask, "--stage", "ppo")
     assert missing.code == 2 and missing.out.count("\n") == 1
-    assert "no finished ppo" in missing.out and "sft, base" in missing.out
+    assert "no finished ppo" in missing.out and "python ppo.py" in missing.out
     nothing = run("sample", "--out", tmp_path, *ask)
     assert nothing.code == 2 and "python sft.py" in nothing.out and nothing.out.count("\n") == 1
 
@@ -44,18 +48,39 @@ def test_what_cannot_be_asked(tiny_run, run):
 
 
 def test_the_input_is_part_of_the_prompt(tiny_run, run, monkeypatch):
-    seen, generate = [], sample.generate
+    seen, generate = [], training.generate
 
     def recording(model, prompts, *args, **kwargs):
         seen.append(prompts)
         return generate(model, prompts, *args, **kwargs)
-    monkeypatch.setattr(sample, "generate", recording)
+    monkeypatch.setattr(training, "generate", recording)
     tokenizer = data.Tokenizer.load(tiny_run.folder / "tokenizer.json")
     ask = ["--out", tiny_run.folder, "--prompt", "Who?", "--input", "Anna likes tea.", "--max-new-tokens", 2]
     run("sample", *ask, "--num-samples", 2)
     run("sample", *ask, "--stage", "base")
     assert seen == [[data.encode_prompt(tokenizer, "Who?", "Anna likes tea.")] * 2,
                     [[tokenizer.end, *tokenizer.encode("Who? Anna likes tea.")]]]      # a base knows no turns
+
+
+def test_the_stages_side_by_side(tiny_run, run, monkeypatch):
+    """--compare: one labelled block for each stage that the run has and each prompt, the same prompt for all."""
+    monkeypatch.setattr(sample, "answers", lambda model, tokenizer, prompt, *rest: [tokenizer.decode(prompt)])
+    ask = ["--out", tiny_run.folder, "--compare"]
+    one = run("sample", *ask, "--prompt", "Who?", "--input", "Anna.")
+    assert one.code == 0, one.out
+    assert one.out.endswith("\n\n=== base: Who? Anna.\nWho? Anna.\n\n=== sft: Who? Anna.\nWho?\n\nAnna.\n")
+    fixed = run("sample", *ask)
+    labels = [line for line in fixed.out.splitlines() if line.startswith("=== ")]
+    assert [label.split()[1] for label in labels] == ["base:", "sft:"] * len(sample.SHOWN)
+    assert all(fixed.out.count(" ".join(question).strip()) >= 2 for question in sample.SHOWN)
+    real = run("sample", *ask, "--stage", "ppo", "--max-new-tokens", 2)
+    assert real.code == 0 and "=== sft" in real.out, "a stage that is missing is not compared"
+
+
+def test_the_fixed_question_is_not_trained_on():
+    instruction, text = sample.SHOWN[-1]
+    task = world.Task("closed_qa", instruction, text, "The text does not say.", ("refuse", "Nick is a driver."))
+    assert task.split == "test"
 
 
 # ---------------------------------------------------------------- the stream and the chat
@@ -85,7 +110,7 @@ def test_broken_bytes_do_not_stop_the_stream(bytewise, capsys):
 def talk(monkeypatch, capsys, folder, questions, answers=None, **changes):
     """A chat with these questions -> (the prompts that the model got, what was printed)."""
     model, tokenizer, _ = training.load_model(folder, "sft")
-    lines, prompts, generate = iter(questions), [], sample.generate
+    lines, prompts, generate = iter(questions), [], training.generate
 
     def ask(prompt):
         try:
@@ -104,9 +129,10 @@ def talk(monkeypatch, capsys, folder, questions, answers=None, **changes):
             on_token([i])
         if answers[len(prompts) - 1].endswith("^C"):
             raise KeyboardInterrupt
+        return Generation([tokenizer.encode(answers[len(prompts) - 1])], None)
     monkeypatch.setattr("builtins.input", ask)
-    monkeypatch.setattr(sample, "generate", recording)
-    sample.chat(model, tokenizer, SampleConfig(**{"max_new_tokens": 5, **changes}))
+    monkeypatch.setattr(training, "generate", recording)
+    sample.chat(model, tokenizer, SampleConfig(**{"max_new_tokens": 5, **changes}), contextlib.nullcontext())
     return tokenizer, prompts, capsys.readouterr().out
 
 
@@ -139,7 +165,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(tiny_run, monkeypatch, capsys)
 
 def test_a_question_that_does_not_fit_does_not_end_the_chat(tiny_run, monkeypatch, capsys):
     _, prompts, shown = talk(monkeypatch, capsys, tiny_run.folder, ["ha " * 400, "short"])
-    assert "[" in shown and "256" in shown and len(prompts) == 2 and shown.endswith("bye\n")
+    assert "[" in shown and "256" in shown and len(prompts) == 1 and shown.endswith("bye\n")
 
 
 def test_a_chat_through_the_command_line(tiny_run, run):

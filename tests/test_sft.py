@@ -28,18 +28,28 @@ def tokens_and_labels(seed=0, B=B, T=T):
 
 class Oracle(torch.nn.Module):
     """Knows that the token after x is x + 1: its logits there are high, at every position."""
-    def forward(self, tokens, mask=None):
-        return 50.0 * torch.nn.functional.one_hot((tokens + 1) % V, V).float().requires_grad_()
+    def __init__(self):
+        super().__init__()
+        self.high = torch.nn.Parameter(torch.tensor(50.0))
+
+    def hidden(self, tokens, mask=None):
+        return self.high * torch.nn.functional.one_hot((tokens + 1) % V, V).float()
+
+    def unembed(self, x):
+        return x
 
 
 class Table(torch.nn.Module):
     """Logits that are parameters, so that the gradient of each can be looked at: (B,T-1,V), uniform at first."""
-    def __init__(self, B=B, T=T):
+    def __init__(self, B=B, T=T, V=V):
         super().__init__()
         self.logits = torch.nn.Parameter(torch.zeros(B, T - 1, V, dtype=torch.float64))
 
-    def forward(self, tokens, mask=None):
+    def hidden(self, tokens, mask=None):
         return self.logits[:len(tokens)]
+
+    def unembed(self, x):
+        return x
 
 
 # ---------------------------------------------------------------- P1
@@ -134,18 +144,15 @@ def test_prompts_have_no_gradient_and_the_eos_has(tokenizer):
     """
     examples = [data.encode_example(tokenizer, "ask " * n, "", "x" * m) for n, m in ((2, 7), (5, 1), (1, 3))]
     tokens, real, labels = data.collate(examples, tokenizer.end)
-    logits = torch.zeros(3, tokens.shape[1] - 1, tokenizer.size, dtype=torch.float64, requires_grad=True)
-
-    class Reads(torch.nn.Module):
-        def forward(self, tokens, mask=None):
-            return logits
-    sft.accumulate(Reads(), [(tokens, real, labels)], PLAIN)
-    learns = logits.grad.abs().sum(-1) > 0                              # (B,T-1)
+    model = Table(*tokens.shape, tokenizer.size)
+    sft.accumulate(model, [(tokens, real, labels)], PLAIN)
+    grad = model.logits.grad
+    learns = grad.abs().sum(-1) > 0                              # (B,T-1)
     for row, (ids, mask) in enumerate(examples):
         first = mask.index(True)                                        # of the response
         expected = [first - 1 <= t < len(ids) - 1 for t in range(tokens.shape[1] - 1)]
         assert learns[row].tolist() == expected
-        assert ids[-1] == tokenizer.end and logits.grad[row, len(ids) - 2, tokenizer.end] < 0, "the EOS is pulled up"
+        assert ids[-1] == tokenizer.end and grad[row, len(ids) - 2, tokenizer.end] < 0, "the EOS is pulled up"
 
 
 def test_every_example_that_was_learnt_from_ends_with_a_learnt_eos(tiny_run):
@@ -217,7 +224,9 @@ def test_own_text_sees_no_recitals(tokenizer, tmp_path):
     """Nothing of the built-in world: the corpus is the user's text, and another part of it is held out."""
     own = "\n".join(f"line {i} of my own book" for i in range(300))
     corpus, held_out = sft.make_corpus(SFTConfig(block_size=64), tmp_path, tokenizer, own)
-    assert set(corpus) == {"documents"} and set(held_out) == {"text"} and not list(tmp_path.iterdir())
+    assert set(corpus) == {"documents"} and set(held_out) == {"text"}
+    (kept,) = tmp_path.iterdir()                # for the pretraining gradient of step 3: without what is held out
+    assert kept.match("corpus-*.npy") and np.load(kept).tolist() == corpus["documents"].tolist()
     assert tokenizer.decode(np.concatenate([corpus["documents"], held_out["text"]]).tolist()).strip() == own
 
 

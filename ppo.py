@@ -1,0 +1,361 @@
+"""Step 3: PPO-ptx. The policy answers, the reward model scores, and a KL penalty keeps the policy near the SFT model.
+
+    python ppo.py --config tiny                              the reward model of step 2
+    python ppo.py --config tiny --reward execution           the exact check instead: code is run, answers are compared
+    python ppo.py --config tiny --reward mine.py:score       your own score(prompts, responses) -> list of floats
+    python ppo.py --config tiny --ptx-coef 0                 without the pretraining gradient, as the stage ppo_no_ptx
+
+    maximise  E[ r(x,y) - β log π(y|x)/π_SFT(y|x) ] + γ E_pretrain[ log π(x) ]                    InstructGPT Eq. 2
+
+γ is the weight of the pretraining gradient (`ptx_coef`), no discount: rewards are not discounted.
+
+Where this deviates from InstructGPT (Ouyang et al. 2022):
+ 1. The learning rate, β and γ suit a model 1,000 times smaller, with answers of 15 tokens and scores of another scale. The
+    pretraining loss is a mean over tokens; whether the paper's is a sum or a mean, it does not say.
+ 2. About as many pretraining tokens as episode tokens; the paper takes 8 times as many examples.
+ 3. The paper is silent on λ (0.95), on the value's clip range (0.2) and on answers that do not end; as in Ziegler et al.
+    2019 the score of such an answer is replaced by -1.
+ 4. 20,000 episodes, drawn from fewer prompts than that; the paper has 256,000 of 31,000 prompts.
+
+Axes: B episodes, T tokens (prompt and response), R response tokens, V vocabulary, C channels. Tensors (B,R) are padded on the
+right; values[:, t] is the value of the state BEFORE response token t.
+"""
+import copy
+import importlib.util
+import math
+import random
+import time
+from dataclasses import asdict
+
+import numpy as np
+import torch
+
+import data
+import training
+import world
+from config import UserError, parse
+from model import GPT, GPTConfig, decay_groups, token_logprobs
+from reward import RewardModel, encode, score_many
+from sft import accumulate
+from training import say
+
+
+def kl_estimates(logprobs, ref_logprobs):
+    """Per-token estimates k1, k2, k3 of KL(π‖π_ref) from samples of π (Schulman 2020); E k1 = E k3 = KL, k3 >= 0."""
+    k1 = logprobs - ref_logprobs
+    return k1, k1 ** 2 / 2, torch.expm1(-k1) + k1               # k3 = exp(-k1) - 1 + k1
+
+
+def token_rewards(score, logprobs, ref_logprobs, mask, beta):
+    """r_t = -β k1_t, and the score (B,) at the last real token -> (B,R)             the bracket of InstructGPT Eq. 2"""
+    k1, _, _ = kl_estimates(logprobs, ref_logprobs)
+    last = torch.arange(mask.shape[1], device=mask.device) == mask.sum(1, keepdim=True) - 1
+    return -beta * k1 * mask + score[:, None] * last
+
+
+def gae(rewards, values, mask, gamma=1.0, lam=0.95):
+    """Generalised advantage estimation (Schulman et al. 2016, Eq. 16) -> advantages, returns, both (B,R).
+
+    δ_t = r_t + γ V_{t+1} - V_t,  A_t = δ_t + γλ A_{t+1};  behind the last real token V = A = 0.  Returns R = A + V.
+    """
+    advantages, advantage, next_value = torch.zeros_like(values), 0.0, 0.0
+    for t in reversed(range(values.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        advantage = (delta + gamma * lam * advantage) * mask[:, t]
+        next_value = values[:, t] * mask[:, t]
+        advantages[:, t] = advantage
+    return advantages, (advantages + values) * mask
+
+
+def masked_mean(x, mask):
+    return (x * mask).sum() / mask.sum()
+
+
+def whiten(x, mask, shift_mean=True):
+    """x (B,R) with variance 1 (biased) over the real tokens, and mean 0 if shift_mean; 0 at pads."""
+    mean = masked_mean(x, mask)
+    white = (x - mean) * torch.rsqrt(masked_mean((x - mean) ** 2, mask) + 1e-8)
+    return (white if shift_mean else white + mean) * mask
+
+
+def policy_loss(logprobs, old_logprobs, advantages, mask, clip=0.2):
+    """Mean over the real tokens of max(-A ρ, -A clip(ρ, 1 ± ε)), ρ = π/π_old                 Schulman et al. 2017, Eq. 7"""
+    ratio = (logprobs - old_logprobs).exp()
+    return masked_mean(torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip)), mask)
+
+
+def value_loss(values, old_values, returns, mask, clip=0.2):
+    """½ mean of max((V - R)², (V_old + clip(V - V_old, ±c) - R)²): no reward for a step beyond the clip."""
+    clipped = old_values + (values - old_values).clamp(-clip, clip)
+    return 0.5 * masked_mean(torch.maximum((values - returns) ** 2, (clipped - returns) ** 2), mask)
+
+
+@torch.no_grad()
+def ema_update(ema, model, decay):
+    """ema ← decay · ema + (1 - decay) · model, started at θ₀"""
+    for slow, fast in zip(ema.parameters(), model.parameters()):
+        slow.lerp_(fast, 1 - decay)
+
+
+# ------------------------------------------------------------------------ episodes
+
+class Episodes:
+    """B prompts with their responses as tensors: tokens and real (B,T), mask (B,R), where (B,R+1)."""
+
+    def __init__(self, prompts, responses, pad, device):
+        tokens, real, _ = data.collate([(p + r, [1] * (len(p) + len(r))) for p, r in zip(prompts, responses)], pad)
+        sizes, starts = (torch.tensor([len(x) for x in part]) for part in (responses, prompts))
+        self.R = int(sizes.max())
+        mask = torch.arange(self.R) < sizes[:, None]
+        # the column of the token before each response token, and of the last one: the states that are asked for
+        where = (starts[:, None] - 1 + torch.arange(self.R + 1)).clamp(max=tokens.shape[1] - 1)
+        self.tokens, self.real, self.mask, self.where = (x.to(device) for x in (tokens, real, mask, where))
+
+    def logprobs(self, policy, cast, entropy=False):
+        """log π of the response tokens -> (B,R), or with the entropy of their distributions. Only responses are unembedded."""
+        with cast:
+            x = policy.hidden(self.tokens, self.real)                                       # (B,T,C)
+            logits = policy.unembed(x.gather(1, self.where[..., None].expand(-1, -1, x.shape[-1])))     # (B,R+1,V)
+        logprobs = token_logprobs(logits, self.tokens.gather(1, self.where))                # (B,R)
+        if not entropy:
+            return logprobs
+        log_p = logits[:, :-1].float().log_softmax(-1)
+        return logprobs, -(log_p.exp() * log_p).sum(-1)
+
+    def values(self, model, cast):
+        """V of the state before each response token -> (B,R)"""
+        with cast:
+            return model(self.tokens, self.real).gather(1, self.where[:, :-1])
+
+
+def minibatches(lengths, n, micro, seed):
+    """Every episode once: n minibatches at random, each cut into micro-batches of about equal lengths."""
+    order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(seed)).tolist()
+    parts = [sorted(order[i::n], key=lengths.__getitem__) for i in range(n)]
+    return [[rows.tolist() for rows in np.array_split(part, min(micro, len(part)))] for part in parts if part]
+
+
+def make_reward(config, folder, tokenizer, cast, device):
+    """--reward -> a function (tasks, answers) -> scores, and the reward model that the value model starts from, or None."""
+    if config.reward == "execution":
+        return lambda tasks, answers: [float(v.right) for v in world.judge_many(tasks, answers)], None
+    if ":" in config.reward:
+        return own_reward(config.reward), None
+    _, _, facts = training.load_model(folder, "sft", device)
+    if not training.finished(folder, "reward"):
+        raise UserError(f"{folder} has no reward model. Make it first: python reward.py --out {folder}")
+    model = RewardModel(GPT(GPTConfig(**facts["model"]))).to(device)
+    model.load_state_dict(training.load(folder / "reward.pt", device))
+
+    def score(tasks, answers):
+        ids = [[encode(tokenizer, t.parts, [a])[0][-facts["model"]["block_size"]:]] for t, a in zip(tasks, answers)]
+        return score_many(model, ids, tokenizer.pad, cast, batch=128)[:, 0].tolist()
+    return score, model
+
+
+def load_corpus(folder):
+    """The tokens of step 0, for the pretraining gradient."""
+    found = sorted(folder.glob("corpus-*.npy"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise UserError(f"{folder} has no corpus-*.npy, the text of step 0. Make it with sft.py, or use --ptx-coef 0")
+    return np.load(found[-1], mmap_mode="r")
+
+
+def own_reward(name):
+    """"FILE.py:function" -> the user's score(prompts, responses), checked at each call."""
+    path, _, function = name.rpartition(":")
+    try:
+        spec = importlib.util.spec_from_file_location("own_reward", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        score = getattr(module, function)
+    except Exception as error:
+        raise UserError(f"--reward {name}: {type(error).__name__}: {error}. Needed: FILE.py:FUNCTION") from None
+
+    def checked(tasks, answers):
+        try:
+            scores = [float(s) for s in score([t.prompt for t in tasks], list(answers))]
+        except Exception as error:
+            raise UserError(f"{name} raised {type(error).__name__}: {error}. The first of the {len(tasks)} prompts was: "
+                            f"{tasks[0].prompt[:80]!r}") from None
+        if len(scores) != len(tasks):
+            raise UserError(f"{name} returned {len(scores)} scores for {len(tasks)} answers")
+        for task, s in zip(tasks, scores):
+            if not math.isfinite(s):
+                raise UserError(f"{name} returned {s} for an answer to {task.prompt[:80]!r}")
+        return scores
+    return checked
+
+
+# ------------------------------------------------------------------------ one iteration
+
+def rollout(policy, tokenizer, tasks, reward, config, seed, cast, device):
+    """Answer the prompts at temperature 1, top-k and top-p off -> (prompts, responses, scores (B,), rate of ends)."""
+    prompts = [data.encode_prompt(tokenizer, *task.parts) for task in tasks]
+    answers = training.respond(policy, tokenizer, prompts, config.max_new_tokens, 1.0, seed, cast)
+    ended = torch.tensor([a.ended for a in answers])
+    scores = torch.tensor(reward(tasks, [a.text for a in answers]), dtype=torch.float32)
+    scores = torch.where(ended, scores, config.unfinished_score)        # replaced, not lowered (RECIPE O7)
+    return prompts, [a.ids for a in answers], scores.to(device), ended.float().mean().item()
+
+
+@torch.no_grad()
+def assess(policy, reference, value, batches, cast):
+    """What the update needs to know of all episodes -> old and reference log-probs, values, mask (B,R), entropy.
+
+    Scored in the very micro-batches of the update, so that the first ratio is 1 to the last bit (RECIPE O3).
+    """
+    micro = [pair for minibatch in batches for pair in minibatch]
+    shape = sum(len(rows) for rows, _ in micro), max(e.R for _, e in micro)
+    old, ref, values, mask, entropy = torch.zeros(5, *shape, device=micro[0][1].tokens.device)
+    for rows, e in micro:
+        mask[rows, :e.R] = e.mask.float()
+        old[rows, :e.R], entropy[rows, :e.R] = e.logprobs(policy, cast, entropy=True)
+        ref[rows, :e.R], values[rows, :e.R] = e.logprobs(reference, cast), e.values(value, cast)
+    return old * mask, ref * mask, values * mask, mask, masked_mean(entropy, mask).item()
+
+
+def update(policy, value, minibatch, old, advantages, returns, old_values, mask, config, cast):
+    """Gradients of both losses, means over one minibatch, micro-batch by micro-batch -> metrics."""
+    found = dict(policy_loss=0.0, value_loss=0.0, ratio_max=0.0, ratio_off=0.0, clip_fraction=0.0)
+    total = sum(mask[rows].sum() for rows, _ in minibatch)
+    for rows, e in minibatch:
+        cut, share = slice(0, e.R), mask[rows].sum() / total
+        m, before = mask[rows, cut], old[rows, cut]
+        logprobs = e.logprobs(policy, cast)
+        loss = share * policy_loss(logprobs, before, advantages[rows, cut], m, config.clip_ratio)
+        v_loss = share * value_loss(e.values(value, cast), old_values[rows, cut], returns[rows, cut], m, config.clip_value)
+        (loss + v_loss).backward()                                      # they share no weights
+        ratio = ((logprobs.detach() - before) * m).exp()
+        off = (ratio - 1).abs()
+        found["policy_loss"] += loss.item()
+        found["value_loss"] += v_loss.item()
+        found["ratio_max"] = max(found["ratio_max"], ratio.max().item())
+        found["ratio_off"] = max(found["ratio_off"], off.max().item())
+        found["clip_fraction"] += (share * masked_mean((off > config.clip_ratio).float(), m)).item()
+    return found
+
+
+def pretraining_gradient(policy, corpus, config, seed, cast, device):
+    """γ ∇ E_pretrain[-log π], added to the gradient that is there -> the loss without γ (InstructGPT Eq. 2, RECIPE O17)"""
+    text = data.windows(corpus, config.ptx_window, config.ptx_tokens // config.ptx_window, seed).to(device)
+    return accumulate(policy, [(text, None, torch.ones_like(text, dtype=torch.bool))], cast, config.ptx_coef)
+
+
+def summarise(steps, old, ref, values, returns, rewards, score, mask):
+    """The metrics of an iteration (RECIPE O20); steps: those of its minibatches."""
+    k1, _, k3 = kl_estimates(old, ref)
+    error, spread = ((masked_mean((returns - v) ** 2, mask)).item() for v in (values, masked_mean(returns, mask)))
+    return {"score": score.mean().item(), "kl": (k1 * mask).sum(1).mean().item(), "kl_k3": (k3 * mask).sum(1).mean().item(),
+            "reward": rewards.sum(1).mean().item(), "length": mask.sum(1).mean().item(),
+            "explained_variance": 1 - error / max(spread, 1e-8), "ratio_first": steps[0]["ratio_off"],
+            **{key: sum(step[key] for step in steps) / len(steps) for key in steps[0]},
+            "ratio_max": max(step["ratio_max"] for step in steps)}
+
+
+# ------------------------------------------------------------------------ health
+
+def held_out(policy, tokenizer, tasks, reward, config, cast):
+    """What judge and reward say of answers to held-out prompts; neither is trained on -> gold, right, proxy."""
+    answers = training.respond(policy, tokenizer, [data.encode_prompt(tokenizer, *task.parts) for task in tasks],
+                               config.max_new_tokens, 1.0, config.seed, cast)
+    texts = [a.text for a in answers]
+    verdicts = world.judge_many(tasks, texts, [a.ended for a in answers])
+    return {"gold": sum(v.score for v in verdicts) / len(tasks), "right": sum(v.right for v in verdicts) / len(tasks),
+            "proxy": sum(reward(tasks, texts)) / len(tasks)}
+
+
+def health(row, past):
+    """What is wrong with this iteration, its cause and the remedy -> list of str. past: the rows of the iterations before."""
+    first, measured = (past or [row])[0], [r for r in past if "gold" in r]
+    best = max(measured, key=lambda r: r["gold"], default=row)
+    checks = (
+        (row["kl"] < -0.1, "KL is negative ({kl:.2f} nats): the answers are not drawn from the policy that is scored. Sample at "
+         "temperature 1, without top-k and top-p"),
+        (row["ratio_first"] > 0.01, "the first ratio is off 1 by {ratio_first:.3f}: old and new log-probs are not computed alike. Is "
+         "dropout on?"),
+        (row["entropy"] < 0.3 * first["entropy"], "entropy has collapsed to {entropy:.2f} nats a token: the policy repeats itself. "
+         "Raise --beta or lower --lr"),
+        (row["eos_rate"] < first["eos_rate"] - 0.05, "only {eos_rate:.0%} of the answers end by themselves. Lower "
+         "--unfinished-score, or raise --max-new-tokens"),
+        (not 0.6 <= row["length"] / first["length"] <= 1.6, "answers have {length:.0f} tokens now: the reward may pay for length. Look "
+         "at the length correlation of reward.py, raise --beta"),
+        (len(past) >= 5 and row["explained_variance"] < 0, "explained variance {explained_variance:.2f}: the value model is worse "
+         "than a constant. Raise --value-lr"),
+        ("gold" in row and row["gold"] < best.get("gold", 0) - 0.03 and row["proxy"] > best["proxy"], "the reward rises while held-out "
+         "gold falls ({gold:.3f}): the policy exploits it. Stop earlier, raise --beta, or rank its answers: reward.py --from sft,ppo"))
+    return [text.format(**row) for wrong, text in checks if wrong]
+
+
+# ------------------------------------------------------------------------ the algorithm
+
+SHOWN = "score kl entropy length eos_rate ptx_loss rollout_s scoring_s update_s ptx_s".split()     # while it runs
+
+def main():
+    config, origin = parse("ppo", description=__doc__)
+    started = time.perf_counter()
+    folder, device, cast = training.begin("ppo", config, origin)
+    policy, tokenizer, _ = training.load_model(folder, "sft", device)
+    reward, reward_model = make_reward(config, folder, tokenizer, cast, device)
+    torch.manual_seed(training.seed_of(config.seed, "value"))
+    reference, ema = copy.deepcopy(policy), copy.deepcopy(policy)
+    value = copy.deepcopy(reward_model) if reward_model else RewardModel(policy).to(device)
+    adam, value_adam = (training.adamw(decay_groups(model, 0.0), lr)
+                        for model, lr in ((policy, config.lr), (value, config.value_lr)))
+    name = "ppo" if config.ptx_coef else "ppo_no_ptx"
+    stage = training.Stage(folder, name, config, config.iterations, policy=policy, value=value, ema=ema, adam=adam,
+                           value_adam=value_adam)
+    pool = world.tasks(config.prompts, "train", config.seed + 2000)
+    test = world.tasks(config.eval_prompts, "val", config.seed)
+    corpus = load_corpus(folder) if config.ptx_coef else None
+    say(f"step 3: {config.iterations} iterations of {config.episodes} answers, reward {config.reward}, stage {name}")
+
+    for iteration in stage:
+        clock, seeds = [time.perf_counter()], [config.seed, iteration]
+        tasks = random.Random(str(seeds)).sample(pool, config.episodes)
+        prompts, responses, score, eos_rate = rollout(policy, tokenizer, tasks, reward, config,
+                                                      training.seed_of(*seeds), cast, device)
+        clock.append(time.perf_counter())
+
+        sizes = [len(p) + len(r) for p, r in zip(prompts, responses)]
+        batches = [[(rows, Episodes([prompts[i] for i in rows], [responses[i] for i in rows], tokenizer.pad, device))
+                    for rows in micro]
+                   for micro in minibatches(sizes, config.minibatches, config.accumulate, training.seed_of(*seeds))]
+        old, ref, values, mask, entropy = assess(policy, reference, value, batches, cast)
+        rewards = token_rewards(score, old, ref, mask, config.beta)
+        advantages, returns = gae(rewards, values, mask, config.gamma, config.lam)
+        advantages = whiten(advantages, mask)                           # after the returns (RECIPE O10)
+        clock.append(time.perf_counter())
+
+        lr = training.set_lr([adam, value_adam], min(1.0, 0.1 + 0.9 * iteration / config.warmup))
+        steps, ptx_seconds = [], 0.0
+        for i, minibatch in enumerate(batches):                         # one epoch: each episode once
+            found = update(policy, value, minibatch, old, advantages, returns, values, mask, config, cast)
+            if config.ptx_coef:
+                start = time.perf_counter()
+                found["ptx_loss"] = pretraining_gradient(policy, corpus, config, [*seeds, i], cast, device)
+                ptx_seconds += time.perf_counter() - start
+            found["norm"] = stage.update([adam], found["policy_loss"], config.clip)
+            stage.update([value_adam], found["value_loss"], config.clip)
+            ema_update(ema, policy, config.ema)
+            steps.append(found)
+        clock.append(time.perf_counter())
+
+        row = summarise(steps, old, ref, values, returns, rewards, score, mask)
+        row |= {"entropy": entropy, "eos_rate": eos_rate, "lr": lr, "rollout_s": clock[1] - clock[0],
+                "scoring_s": clock[2] - clock[1], "update_s": clock[3] - clock[2] - ptx_seconds, "ptx_s": ptx_seconds}
+        if (iteration + 1) % config.eval_every == 0 or iteration + 1 == stage.steps:
+            row |= held_out(ema, tokenizer, test, reward, config, cast)
+            say("  {name} {n}: held-out gold {gold:.3f}, right {right:.3f}, score {proxy:+.2f}; KL {kl:.2f} nats".format(
+                name=name, n=iteration + 1, **row))
+        for warning in health(row, stage.history):
+            say(f"  ! {name} {iteration + 1}: {warning}")
+        stage.log(tokens=int(mask.sum()), shown=SHOWN, **row)
+    stage.finish(ema.state_dict(), model=asdict(policy.config), parent="sft", last=row)
+    say(f"done in {training.clock(time.perf_counter() - started)}. Next:\n"
+        f"  python sample.py --out {folder} --compare      the answers of all stages, side by side\n"
+        f"  python evaluate.py --out {folder}              measure them on held-out prompts")
+
+
+if __name__ == "__main__":
+    training.command(main)
