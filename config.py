@@ -37,7 +37,6 @@ class TrainConfig(CommandConfig):
 @dataclass(frozen=True)
 class SFTConfig(TrainConfig):
     """Step 0, pretraining, and step 1, supervised fine-tuning."""
-    init: str = ""              # a checkpoint (.pt) to fine-tune instead of the run's own base
     # the model
     tokenizer: str = "bpe"      # bpe: trained on the data; gpt2: tiktoken's
     vocab_size: int = 2048      # of the trained tokenizer, its 4 special tokens included
@@ -50,14 +49,14 @@ class SFTConfig(TrainConfig):
     wave_std: float = 0.2       # positions start as sinusoids of this amplitude
     # step 0
     recital_steps: int = 400    # optimiser steps on recitals, in windows of 64 tokens, before the documents
-    pretrain_steps: int = 3000  # optimiser steps in all
+    pretrain_steps: int = 2800  # optimiser steps in all
     pretrain_batch: int = 2048  # tokens an optimiser step
     pretrain_lr: float = 2e-3   # of AdamW: embeddings, norms, biases
     pretrain_matrix_lr: float = 0.008    # of Muon: the blocks' matrices
     pretrain_docs: int = 4_000_000   # tokens of different text to make; more steps than that read it again
     # step 1
     demonstrations: int = 16_000     # how many the labelers write
-    epochs: int = 5
+    epochs: int = 4
     steps: int = 0              # optimiser steps of step 1; 0 = by epochs
     batch_size: int = 32        # demonstrations an optimiser step
     lr: float = 1.5e-3
@@ -99,7 +98,8 @@ class PPOConfig(TrainConfig):
     accumulate: int = 2         # micro-batches a minibatch
     prompts: int = 6000         # different prompts that the episodes are drawn from
     max_new_tokens: int = 100
-    lr: float = 2e-4            # of the policy
+    lr: float = 2e-4            # of the policy ...
+    gain_lr: float = 0.04       # ... and of the gain of its last norm, in effect its temperature
     value_lr: float = 1e-3      # of the value model
     warmup: int = 10            # iterations from 0.1 of the peak learning rates to the peak
     beta: float = 0.1           # price of a nat of KL, in units of the score

@@ -2,17 +2,24 @@
 
     python evaluate.py --config tiny
 
-Prints the table and writes it to <run>/evaluation.json, nested objects; an estimate is always {"mean", "low", "high",
-"n"}, with its 95 % interval. Temperature 1, except in the keys that end in _greedy. Rows: `base_few_shot` is the
-pretrained model, shown three examples of the category before each question; the others read the bare prompt.
+Prints the tables and writes them to <run>/evaluation.json, nested objects; an estimate is always {"mean",
+"low", "high", "n"}, with its 95 % interval. Temperature 1, except in the keys that end in _greedy. The row
+`base_few_shot` is the pretrained model, shown three examples of the category before each question; the
+others read the bare prompt. A win rate is P(a > b) + ½ P(a = b) by the judge's score of both answers.
 """
+import json
 import math
 import time
+from itertools import islice, product
+
+import torch
 
 import data
 import training
 import world
 from config import UserError, parse
+from ppo import Episodes, kl_estimates
+from sft import held_out_loss, held_out_windows
 from training import say
 
 SETS = {"test": "", "test_phrasing": "_unseen_phrasing", "test_combination": "_unseen_combination"}
@@ -64,24 +71,61 @@ def respond(model, tokenizer, tasks, few_shot, temperature, config, cast):
     return answers
 
 
+def by_group(tasks, values):
+    """{"overall" and each category: estimate} of one value a task."""
+    groups = {"overall": values} | {c: [v for v, t in zip(values, tasks) if t.category == c] for c in world.CATEGORIES}
+    return {name: estimate(members) for name, members in groups.items()}
+
+
 def tabulate(tasks, verdicts):
-    """The estimates of one stage on one set of prompts -> {name: {category: estimate}}."""
-    groups = {"overall": range(len(tasks))}
-    groups |= {c: [i for i, t in enumerate(tasks) if t.category == c] for c in world.CATEGORIES}
-    found = {name: {g: estimate([float(getattr(verdicts[i], attribute)) for i in members]) for g, members in groups.items()}
-             for name, attribute in (("accuracy", "right"), ("gold", "score"))}
-    for name in ("stopped", "plain", "kept"):
-        found[name] = estimate([float(getattr(v, name)) for v in verdicts])
+    """The estimates of one stage on one set of prompts -> {name: estimate, or {category: estimate}}."""
+    of = {name: [float(getattr(v, name)) for v in verdicts] for name in ("right", "score", "stopped", "plain", "kept")}
     unanswerable = [float(not v.supported) for t, v in zip(tasks, verdicts) if not t.answerable]
-    found["hallucination"] = estimate(unanswerable)
-    return found
+    return {"accuracy": by_group(tasks, of["right"]), "gold": by_group(tasks, of["score"]),
+            **{name: estimate(of[name]) for name in ("stopped", "plain", "kept")}, "hallucination": estimate(unanswerable)}
+
+
+def win_rate(tasks, ours, theirs):
+    """How often one stage's verdicts beat another's on the same prompts, by group; equal scores are half a win."""
+    return by_group(tasks, [(a.score > b.score) + 0.5 * (a.score == b.score) for a, b in zip(ours, theirs)])
+
+
+def kl(policy, reference, tokenizer, prompts, answers, cast):
+    """KL(π‖π_ref) in nats an answer, from answers sampled of π: the mean of Σ_t k1."""
+    found, device = [], policy.wte.weight.device
+    with torch.no_grad():
+        for i in range(0, len(prompts), 64):
+            e = Episodes(prompts[i:i + 64], [a.ids for a in answers[i:i + 64]], tokenizer.pad, device)
+            k1, _, _ = kl_estimates(e.logprobs(policy, cast), e.logprobs(reference, cast))
+            found += (k1 * e.mask).sum(1).tolist()
+    return estimate(found)
+
+
+def pretraining_loss(model, tokenizer, cast):
+    """Held-out loss of step 0, in nats a token: what the alignment costs (InstructGPT 4.2, the alignment tax)."""
+    texts = {"documents": list(islice(world.documents(0, "val"), 600)), "prose": world.prose("val")}
+    return {name: held_out_loss(model, held_out_windows(data.pack(tokenizer, text), model.config.block_size, 64), cast)
+            for name, text in texts.items()}
 
 
 def show(title, columns, rows):
     """A table: columns [name], rows {stage: [estimate]}, in percent."""
-    say(f"\n{title}\n" + " " * 14 + "".join(f"{name:>11}" for name in columns))
+    say(f"\n{title}\n" + " " * 24 + "".join(f"{name:>11}" for name in columns))
     for stage, estimates in rows.items():
-        say(f"{stage:14}" + "".join(f"{100 * e['mean']:10.1f}%" for e in estimates))
+        say(f"{stage:24}" + "".join(f"{100 * e['mean']:10.1f}%" for e in estimates))
+
+
+def answer_sets(model, tokenizer, few_shot, sets, config, cast, label, report):
+    """All sets answered at both temperatures, into the report -> (answers, verdicts) of the test set at temperature 1."""
+    kept = None
+    for (name, tasks), (temperature, greedy) in product(sets.items(), ((1.0, ""), (0.0, "_greedy"))):
+        training.progress(f"  {label}: {name}{greedy}")
+        answers = respond(model, tokenizer, tasks, few_shot, temperature, config, cast)
+        verdicts = world.judge_many(tasks, [a.text for a in answers], [a.ended for a in answers])
+        for key, value in tabulate(tasks, verdicts).items():
+            report.setdefault(key + SETS[name] + greedy, {})[label] = value
+        kept = kept or (answers, verdicts)
+    return kept
 
 
 def main():
@@ -93,32 +137,41 @@ def main():
     stages = [s for s in ("base", "sft", "ppo_no_ptx", "ppo") if training.finished(folder, s)]
     if not stages:
         raise UserError(f"{folder} holds no model yet. Train one first: python sft.py --config tiny")
-    report = {"seed": config.seed, "seconds": {}}
+    report = {"seed": config.seed, "seconds": {}, "kl": {}, "pretraining_loss": {}, "win_rate": {}}
     sets = {name: world.tasks(config.per_category * len(world.CATEGORIES), name) for name in SETS}
+    test, models, verdicts = sets["test"], {}, {}
     for stage in stages:
-        model, tokenizer, facts = training.load_model(folder, stage, device)
+        models[stage], tokenizer, facts = training.load_model(folder, stage, device)
         report["seconds"][stage] = facts["seconds"]
         label = FEW_SHOT if stage == "base" else stage
-        for set_name, suffix in SETS.items():
-            for temperature, greedy in ((1.0, ""), (0.0, "_greedy")):
-                training.progress(f"  {label}: {set_name}{greedy}")
-                answers = respond(model, tokenizer, sets[set_name], stage == "base", temperature, config, cast)
-                verdicts = world.judge_many(sets[set_name], [a.text for a in answers], [a.ended for a in answers])
-                for name, value in tabulate(sets[set_name], verdicts).items():
-                    report.setdefault(name + suffix + greedy, {})[label] = value
+        answers, verdicts[label] = answer_sets(models[stage], tokenizer, stage == "base", sets, config, cast, label, report)
+        report["pretraining_loss"][label] = pretraining_loss(models[stage], tokenizer, cast)
+        if stage.startswith("ppo"):
+            prompts = prompts_of(tokenizer, test, False, config, models[stage].config.block_size)
+            report["kl"][stage] = kl(models[stage], models["sft"], tokenizer, prompts, answers, cast)
+            for other in ("sft", FEW_SHOT):
+                if other in verdicts:
+                    report["win_rate"][f"{stage}_vs_{other}"] = win_rate(test, verdicts[stage], verdicts[other])
+    if training.finished(folder, "reward"):
+        report["reward_model"] = json.loads((folder / "reward.json").read_text(encoding="utf8"))["measured"]
+
     rows, columns = list(report["accuracy"]), ("overall", *world.CATEGORIES)
     names = [name.replace("tion", ".").replace("ing", ".")[:10] for name in columns]
-    show("accuracy at temperature 1", names, {row: [report["accuracy"][row][c] for c in columns] for row in rows})
-    show("accuracy, greedy", names, {row: [report["accuracy_greedy"][row][c] for c in columns] for row in rows})
+    for title, key in (("accuracy at temperature 1", "accuracy"), ("accuracy, greedy", "accuracy_greedy"), ("win rate", "win_rate")):
+        show(title, names, {row: [found[c] for c in columns] for row, found in report[key].items()})
     keys = {"accuracy": "accuracy", "phrasing": "accuracy_unseen_phrasing", "combinat.": "accuracy_unseen_combination",
             "gold": "gold", "greedy": "gold_greedy"}
     more = {"plain": "plain", "stopped": "stopped", "made up": "hallucination"}
     show("overall: accuracy, also on unseen phrasings and combinations; gold (mean score), also greedy; habits and ends",
          [*keys, *more], {row: [report[key][row]["overall"] for key in keys.values()]
                           + [report[key][row] for key in more.values()] for row in rows})
-    training.save_json(report, folder / "evaluation.json")
-    say(f"\n{report['accuracy'][rows[0]]['overall']['n']} prompts a set; all numbers with their 95 % intervals are in "
-        f"{folder / 'evaluation.json'} ({time.perf_counter() - started:.0f} s)")
+    say("\nheld-out pretraining loss, nats a token (documents, prose), and KL from the SFT model, nats an answer")
+    for row, losses in report["pretraining_loss"].items():
+        moved = f"{report['kl'][row]['mean']:10.2f}" if row in report["kl"] else ""
+        say(f"{row:24}{losses['documents']:10.3f}{losses['prose']:10.3f}{moved}")
+    training.save_atomically(report, folder / "evaluation.json")
+    say(f"\n{len(test)} prompts a set; all numbers with their 95 % intervals are in {folder / 'evaluation.json'} "
+        f"({time.perf_counter() - started:.0f} s)")
 
 
 if __name__ == "__main__":

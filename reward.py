@@ -178,16 +178,19 @@ def make_comparisons(config, folder, models, tokenizer, cast):
             answers = [answer.text for answer in group]
             ranks = world.rank(r, answers, verdicts, r.choice(world.RANKERS))
             rows.append(dict(zip(("instruction", "input", "history"), task.parts), responses=answers, ranks=ranks))
-        training.save_lines(rows, path)
+        training.save_atomically(rows, path)
         say(f"  {sum(map(len, groups)):,} answers to {len(tasks):,} prompts sampled and ranked, "
             f"{time.perf_counter() - start:.0f} s: {path}")
     return data.read_comparisons(path)[0]
 
 
-def encode(tokenizer, parts, answers):
-    """Prompt, answer and end, as the reward model reads them -> one list of ids an answer. parts: Task.parts"""
+def encode(tokenizer, parts, answers, size=0):
+    """Prompt, answer and end, as the reward model reads them -> one list of ids an answer; if size, its last `size` ids.
+
+    parts: (instruction, input, history)
+    """
     instruction, text, history = parts
-    return [data.encode_example(tokenizer, instruction, text, answer, history)[0] for answer in answers]
+    return [data.encode_example(tokenizer, instruction, text, answer, history)[0][-size:] for answer in answers]
 
 
 def encode_groups(tokenizer, comparisons, block_size):
@@ -237,7 +240,7 @@ def measure(model, tokenizer, tasks, groups, seed, cast):
     """How good are the scores of answers to held-out prompts? -> a dict for reward.json, printed by `report`."""
     verdicts, r = judge_groups(tasks, groups), random.Random(f"measure {seed}")
     texts = [[answer.text for answer in group] for group in groups]
-    ids = [encode(tokenizer, task.parts, answers) for task, answers in zip(tasks, texts)]
+    ids = [encode(tokenizer, task.parts, answers, model.trunk.config.block_size) for task, answers in zip(tasks, texts)]
     scores = score_many(model, ids, tokenizer.pad, cast)
     gold = preferred(table([world.ranks_of([v.score for v in row]) for row in verdicts]))
     right = preferred(table([[int(not v.right) for v in row] for row in verdicts]))
@@ -303,7 +306,7 @@ def main():
         answers = sample_groups([sft], tokenizer, tasks, config, (config.seed, "val"), cast, mixed=False)
         found = measure(model, tokenizer, tasks, answers, config.seed, cast)
         report(found)
-        zero = [encode(tokenizer, t.parts, [answer]) for t, answer in world.demonstrations(400, "val", config.seed)]
+        zero = [encode(tokenizer, t.parts, [answer], size) for t, answer in world.demonstrations(400, "val", config.seed)]
     # The scores' zero is arbitrary: put it where demonstrations are (InstructGPT 3.5). Their scale stays.
     model.shift -= score_many(model, zero, tokenizer.pad, cast).sum().to(device) / sum(map(len, zero))
     stage.finish(model.state_dict(), model=asdict(sft.config), parent="sft", measured=found)

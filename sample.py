@@ -20,14 +20,6 @@ SHOWN = (*((prompt, "") for prompt in world.SHOWN),     # and a question that it
          ("What is Nick's job? Use only the text.", "Nick likes grapes. Nick has a heavy frog."))
 
 
-def pick_stages(folder, config):
-    """The stages that will answer: all of the run's to compare, else the one asked for, or the furthest."""
-    found = [stage for stage in STAGES if training.finished(folder, stage)]
-    if not found:
-        raise UserError(f"{folder} holds no model yet. Train one first: python sft.py --config tiny")
-    return found if config.compare else [config.stage or found[-1]]
-
-
 def answers(model, tokenizer, prompt, n, config, cast, on_token=None):
     """n answers to one encoded prompt -> list of str."""
     if len(prompt) >= model.config.block_size:
@@ -96,7 +88,12 @@ def main():
     folder, device = training.run_path(config), training.pick_device(config.device)
     dtype, _ = training.pick_dtype("fp32" if config.dtype == "auto" else config.dtype, device)
     cast = training.autocast(device, dtype)
-    models = {stage: training.load_model(folder, stage, device) for stage in pick_stages(folder, config)}
+    stages = [stage for stage in STAGES if training.finished(folder, stage)]
+    if not stages:
+        raise UserError(f"{folder} holds no model yet. Train one first: python sft.py --config tiny")
+    if not config.compare:
+        stages = [config.stage or stages[-1]]
+    models = {stage: training.load_model(folder, stage, device) for stage in stages}
     for stage, (model, tokenizer, _) in models.items():
         say(f"{folder / stage}.pt, {model.num_params():,} parameters, temperature {config.temperature:g}, "
             f"seed {config.seed}")

@@ -168,8 +168,8 @@ def learn(config, folder, name, model, steps, warmup, rates, batch, check, cast,
     stage = training.Stage(folder, name, config, steps, model=model, adamw=adamw, muon=muon)
     for step in stage:
         lr = training.set_lr(both, training.cosine(step, steps, warmup))
-        n = config.accumulate
-        micro = list(zip(*([None] * n if x is None else x.chunk(n) for x in batch(step))))
+        micro = [[None] * config.accumulate if x is None else x.chunk(config.accumulate) for x in batch(step)]
+        micro = list(zip(*micro))               # [(tokens, real, labels)]
         loss = accumulate(model, micro, cast)
         metrics = dict(loss=loss, norm=stage.update(both, loss, config.clip), lr=lr)
         if (step + 1) % config.eval_every == 0 or step + 1 == steps:
@@ -177,8 +177,7 @@ def learn(config, folder, name, model, steps, warmup, rates, batch, check, cast,
             found = ", ".join(f"{text} {loss:.3f}" for text, loss in losses.items())
             say(f"  {name} {step + 1}: held-out loss {found} nats a token")
             metrics |= {f"val_{text}": loss for text, loss in losses.items()}
-        tokens = sum(int((labels if real is None else real).sum()) for _, real, labels in micro)
-        stage.log(tokens=tokens, **metrics)
+        stage.log(sum(int((labels if real is None else real).sum()) for _, real, labels in micro), **metrics)
     stage.finish(model.state_dict(), model=asdict(model.config), losses=losses, **facts)
 
 
@@ -245,9 +244,8 @@ def main():
         ask = [(d[0], d[1]) for d in own[:60:20]] if own else [(prompt, "") for prompt in world.SHOWN]
         say(f"step 1: fine-tune on {len(train):,} demonstrations, {config.epochs} times")
         finetune(config, folder, model, tokenizer, train, val, corpus, ask, cast)
-    say(f"done in {training.clock(time.perf_counter() - started)}. Next:\n"
-        f"  python sample.py --out {folder} --prompt \"...\"     ask it, or let it continue a text\n"
-        f"  python reward.py --out {folder}                   step 2, after step 1")
+    say(f"done in {training.clock(time.perf_counter() - started)}. Next:\n  python sample.py --out {folder} "
+        "--prompt \"...\"" + ("" if isinstance(own, str) else f"\n  python reward.py --out {folder}"))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ import ctypes
 import json
 import math
 import os
-import resource
 import sys
 import time
 import timeit
@@ -20,6 +19,7 @@ import zlib
 from collections import namedtuple
 from dataclasses import asdict
 from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
 
 import numpy as np
 import torch
@@ -43,12 +43,11 @@ def pick_dtype(name, device):
     """"auto", "fp32" or "bf16" -> (torch.dtype, why). auto: bf16 where its products are 1.5 times as fast."""
     if name != "auto" or device.type == "mps":
         return torch.bfloat16 if name == "bf16" else torch.float32, "mps" if name == "auto" else "as asked"
-    speeds = []                                 # GFLOP/s of a product of this model family's size
-    for dtype in (torch.float32, torch.bfloat16):
+
+    def speed(dtype):                           # GFLOP/s of a product of this model family's size
         a, b = (torch.randn(shape, device=device, dtype=dtype) for shape in ((1024, 256), (256, 1024)))
-        best = min(timeit.repeat(lambda: (a @ b).sum().item(), number=1, repeat=8))
-        speeds.append(2 * 1024 * 256 * 1024 / best / 1e9)
-    fp32, bf16 = speeds
+        return 2 * 1024 * 256 * 1024e-9 / min(timeit.repeat(lambda: (a @ b).sum().item(), number=1, repeat=8))
+    fp32, bf16 = speed(torch.float32), speed(torch.bfloat16)
     chosen = torch.bfloat16 if bf16 > 1.5 * fp32 else torch.float32
     return chosen, f"probe: fp32 {fp32:.0f}, bf16 {bf16:.0f} GFLOP/s"
 
@@ -79,8 +78,6 @@ def begin(step, config, origin):
         f"{str(dtype).split('.')[1]} ({why})\n" + show(config, origin))
     return folder, device, autocast(device, dtype)
 
-
-# ------------------------------------------------------------------------ optimiser
 
 def cosine(step, steps, warmup, floor=0.1):
     """The learning rate of a step as a fraction of its peak: linear warm-up, then a cosine to `floor`."""
@@ -143,16 +140,12 @@ def save_atomically(value, path):
         raise UserError(f"cannot write to {path}: {why}. --out names another folder") from None
 
 
-save_json = save_lines = save_atomically     # the names that reward.py and evaluate.py use
-
-
 def load(path, device="cpu"):
     """A file of tensors; weights_only: it cannot run code. UserError where it is broken."""
     try:
         return torch.load(path, map_location=device, weights_only=True)
     except Exception as error:
-        why = type(error).__name__
-        raise UserError(f"{path} cannot be read ({why}). Remove it, and run its step again") from None
+        raise UserError(f"cannot read {path}: {type(error).__name__}. Remove it, repeat its step") from None
 
 
 def run_path(config):
@@ -289,8 +282,7 @@ class Stage:
         done, spent = self.step + 1, time.perf_counter() - self.began
         found = "  ".join(f"{name} {metrics[name]:.3f}" for name in shown or metrics
                           if name in metrics and name != "lr")
-        unit = 2 ** 30 if sys.platform == "darwin" else 2 ** 20
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+        memory = getrusage(RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
         progress(f"  {self.name} {done}/{self.steps}  {found}  {self.tokens / spent:,.0f} tokens/s  "
                  f"{memory:.2f} GB  {clock(spent / done * (self.steps - done))} left",
                  always=done in (1, self.steps))
@@ -299,10 +291,9 @@ class Stage:
         """<stage>.pt with the weights, <stage>.json with the facts; then the state has served."""
         save_atomically(self.history, f"{self.path}.jsonl")
         save_atomically(weights, f"{self.path}.pt")
-        facts = {"config": asdict(self.config), **facts, "steps": self.steps,
-                 "seconds": round(time.perf_counter() - self.began, 1),
-                 "versions": {"python": sys.version.split()[0], "torch": torch.__version__}}
-        save_atomically(facts, f"{self.path}.json")
+        facts |= {"steps": self.steps, "seconds": round(time.perf_counter() - self.began, 1),
+                  "versions": {"python": sys.version.split()[0], "torch": torch.__version__}}
+        save_atomically({"config": asdict(self.config), **facts}, f"{self.path}.json")
         self.state_path.unlink(missing_ok=True)
 
 
@@ -336,12 +327,13 @@ Answer = namedtuple("Answer", "ids text ended")      # ended: by itself, not by 
 
 def respond(model, tokenizer, prompts, max_new_tokens, temperature, seed, cast, batch_size=256, **options):
     """One Answer to each prompt, short ones first: little padding. options: others of model.generate."""
+    first = 1 - model.config.block_size         # what is longer than the context loses its beginning
     generator = torch.Generator(model.wte.weight.device).manual_seed(seed)
     order, found = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), {}
     for part in (order[start:start + batch_size] for start in range(0, len(order), batch_size)):
         with cast:
-            drawn = generate(model, [prompts[i] for i in part], max_new_tokens, temperature=temperature,
-                             eos=tokenizer.end, generator=generator, **options)
+            drawn = generate(model, [prompts[i][first:] for i in part], max_new_tokens, eos=tokenizer.end,
+                             temperature=temperature, generator=generator, **options)
         for i, ids in zip(part, drawn.responses):
             found[i] = Answer(ids, tokenizer.decode(ids), ids[-1:] == [tokenizer.end])
     return [found[i] for i in range(len(prompts))]

@@ -347,10 +347,11 @@ def test_an_unfinished_answer_has_a_score_of_its_own(monkeypatch):
         return answers
     monkeypatch.setattr(ppo.training, "respond", respond)
     monkeypatch.setattr(ppo.data, "encode_prompt", lambda tokenizer, *parts: [2, 3])
-    prompts, responses, score, rate = ppo.rollout(None, None, tasks, lambda t, a: {"ab": [7.0, 9.0, -4.0]}["".join(a)],
-                                                  PPOConfig(max_new_tokens=31, unfinished_score=-2.5), 0, PLAIN, CPU)
-    assert score.tolist() == [7.0, -2.5, -4.0] and rate == pytest.approx(2 / 3)
-    assert prompts == [[2, 3]] * 3 and responses == [[5, END], [5, 6, 7], [END]]
+    policy = SimpleNamespace(config=SimpleNamespace(block_size=17))
+    prompts, given, score = ppo.rollout(policy, None, tasks, lambda t, a: {"ab": [7.0, 9.0, -4.0]}["".join(a)],
+                                        PPOConfig(max_new_tokens=31, unfinished_score=-2.5), 0, PLAIN)
+    assert score.tolist() == [7.0, -2.5, -4.0]
+    assert prompts == [[2, 3]] * 3 and given == answers
 
 
 # ---------------------------------------------------------------- health, and the user's own reward
@@ -362,7 +363,7 @@ PAST = [FIRST, *[{**FIRST, "kl": 0.5}] * 5, {**HEALTHY, "gold": 0.76, "proxy": 0
 
 
 @pytest.mark.parametrize("change, word", [
-    ({"kl": -0.5}, "top-k"), ({"ratio_first": 0.2}, "dropout"), ({"entropy": 0.2}, "entropy has collapsed to 0.20"),
+    ({"kl": -0.5}, "top-k"), ({"ratio_first": 0.2}, "dropout"), ({"entropy": 0.15}, "entropy has collapsed to 0.15"),
     ({"eos_rate": 0.5}, "50% of the answers end"), ({"length": 40.0}, "40 tokens"), ({"length": 3.0}, "3 tokens"),
     ({"explained_variance": -0.3}, "explained variance -0.30"), ({"gold": 0.72}, "exploits")])
 def test_each_sickness_has_its_warning(change, word):
@@ -606,7 +607,12 @@ def ppo_run(tiny_run, run, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         overhear(training, "generate", drew)
         overhear(ppo, "make_reward", lambda before, args, result: setattr(heard, "judge", result[1]))
-        overhear(ppo, "rollout", lambda before, args, result: heard.rollouts.append(result))
+        def rolled(before, args, result):
+            if args[0] is heard.parts["policy"]:        # not the held-out answers, which are the EMA's
+                prompts, answers, score = result
+                heard.rollouts.append((prompts, [a.ids for a in answers], score,
+                                       sum(a.ended for a in answers) / len(answers)))
+        overhear(ppo, "rollout", rolled)
         overhear(ppo, "assess", lambda before, args, result: heard.assessed.append(result))
         overhear(ppo, "update", lambda before, args, result: heard.updates.append(args))
         overhear(ppo, "update", event("ppo"))

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import TINY
 
 import training
 from config import SFTConfig, UserError
@@ -138,15 +139,16 @@ def test_a_checkpoint_cannot_run_code(how, tmp_path):
 def test_an_unwritable_folder_is_said_first(out, tmp_path, run):
     """Before anything is computed, not after minutes of training."""
     (tmp_path / "file").write_text("")
-    done = run("sft", "--out", tmp_path / out)
+    done = run("sft", *TINY, "--out", tmp_path / out)
     assert done.code == 2 and done.out.count("\n") == 1 and "cannot write to" in done.out and "--out" in done.out
 
 
 def test_a_full_disk_is_said_first(tmp_path, monkeypatch, run):
-    def full(path, content):
+    def full(file):
         raise OSError(errno.ENOSPC, "No space left on device")
-    monkeypatch.setattr("pathlib.Path.write_bytes", full)
-    done = run("sft", "--out", tmp_path / "run")
+    monkeypatch.setattr("os.fsync", full)
+    done = run("sft", *TINY, "--out", tmp_path / "run")
+    assert not list((tmp_path / "run").iterdir()), "nothing was made before"
     assert done.code == 2 and "No space left on device" in done.out and done.out.count("\n") == 1
 
 
