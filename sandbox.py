@@ -4,42 +4,31 @@
     run("1 / 0").error                       -> 'ZeroDivisionError: division by zero'
     run_many([code, (code, stdin), ...])     -> one Result each, in order
 
-A call into C such as `7 ** 60 ** 60` never returns to the interpreter: no exception, handler or
-thread of Python's can stop it, only its death. Hence three floors. The caller talks to *workers*,
-bare interpreters, started once; a worker forks one *child* per program (2 ms: no torch inside), to
-be thrown away. There the kernel [K], a Python audit hook [A] and the worker [W] grant a program
-- `timeout` s of CPU time [K], so a busy machine hardly changes a verdict; 5 times that on the wall,
-  for one that sleeps; 64 KiB of output; an empty environment; the same `random` and hashes [W]
+A call into C such as `7 ** 60 ** 60` never returns to the interpreter: nothing but its death can stop it.
+Hence three floors. The caller talks to *workers*, bare interpreters, started once; a worker forks one *child*
+per program (2 ms: no torch inside). The kernel [K], a Python audit hook [A] and the worker [W] grant it
+- `timeout` s of CPU time [K], so a busy machine hardly changes a verdict; 5 times that on the wall [W]
+- 64 KiB of output; an empty environment; the same `random` and hashes [W]
 - 256 MiB of address space, 16 open files, not one byte written to a file [K]
-- no second process, no signal to another one, no network [A]
-- no opening for writing, deleting, renaming; no reading outside the standard library [A]
+- no second process, signal, network; no writing, deleting, renaming; only Python's own library to read [A]
 
-This guards against the accidents of a small model; it is NO boundary against an attacker, who can
-fool an audit hook from inside (use a virtual machine). Threads may start; they die with their
-program. Some calls raise no audit event: os.stat sees which files exist, os.mkfifo makes an empty
-one. A program can forge what tests in its own text print. macOS ignores the limit on memory.
+This guards against the accidents of a small model; it is NO boundary against an attacker (use a virtual
+machine), who can fool an audit hook from inside, forge what tests in its own text print, or use what raises
+no audit event: os.stat sees which files exist, os.mkfifo makes one. macOS ignores the limit on memory.
 """
-import atexit, builtins, gc, io, marshal, math, mmap  # noqa: E401
-import os, random, resource, select, signal, sys, time  # noqa: E401
+import atexit, builtins, gc, io, marshal, math, mmap, os, random, resource, select, signal, sys, time  # noqa
 from collections import namedtuple
 from contextlib import suppress
 
-TIMEOUT = 2.0  # seconds of CPU time for one program
-PATIENCE = 5  # times the timeout: the wall time for one that sleeps, or that a busy machine starves
-MEMORY = 256 << 20  # bytes of address space, the interpreter's own 20 MiB included
-OUTPUT = 64 << 10  # bytes of standard output
+TIMEOUT, PATIENCE = 2.0, 5  # s of CPU time for one program; times that on the wall, as it may sleep or starve
+MEMORY, OUTPUT = 256 << 20, 64 << 10  # bytes: address space, the interpreter's own 20 MiB included; stdout
 GRACE = 5.0  # seconds after that wall time at which the worker itself counts as stuck
-
 _LIBRARY = tuple(os.path.join(folder, "") for folder in sys.path[1:])  # the script's folder is 0
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _DENIED = ("os.", "socket.", "subprocess.", "ctypes.", "resource.", "syslog.")
-_GRANTED = ("os.putenv", "os.unsetenv", "os.walk", "os.fwalk")
-# Their C code starts programs, shares memory or opens files without an audit event.
-_BEHIND_THE_HOOK = ("_ctypes", "_multiprocessing", "_posixshmem", "_sqlite3", "_dbm", "_gdbm")
 
-# ok: ran to its end, or left by sys.exit(0). error: None or one line: 'ErrorName: message',
-# 'timeout', 'memory', 'output' (too much), 'killed' (any other death, as by os._exit).
-Result = namedtuple("Result", "ok stdout error")
+# error: None, 'ErrorName: message', 'timeout', 'memory', 'output' (too much) or 'killed' (any other death)
+Result = namedtuple("Result", "ok stdout error")  # ok: ran to its end, or left by sys.exit(0)
 _idle = []  # workers without a job
 os.register_at_fork(after_in_child=_idle.clear)  # they belong to the parent
 
@@ -50,12 +39,9 @@ def run(code, stdin="", timeout=TIMEOUT):
 
 
 def run_many(programs, timeout=TIMEOUT, workers=None):
-    """Run programs, each a str or a pair (code, stdin), -> a list of Result in the same order.
-
-    timeout: CPU seconds for each. workers: how many at once; by default the usable cores, at most
-    4. No program raises anything here; a wrong argument and a worker that cannot start do.
-    """
-    from multiprocessing.connection import wait  # here: without it the worker forks faster
+    """Run programs, each a str or a pair (code, stdin), -> a list of Result in the same order. timeout: CPU
+    seconds for each; workers: how many at once, by default the usable cores, at most 4. No program raises
+    anything here; a wrong argument and a worker that cannot start do."""
     jobs = [(program, "") if isinstance(program, str) else tuple(program) for program in programs]
     if not all(len(job) == 2 and all(isinstance(text, str) for text in job) for job in jobs):
         raise TypeError("a program is a str or a pair of them, (code, stdin)")
@@ -69,8 +55,10 @@ def run_many(programs, timeout=TIMEOUT, workers=None):
                 except IndexError:  # not `if _idle`: another thread may be faster
                     worker = _Worker()
                 busy[worker] = todo.pop()
-                worker.ask((*jobs[busy[worker]], timeout))
-            answered = wait(busy, PATIENCE * timeout + GRACE)
+                with suppress(BrokenPipeError):  # dead: its answer will be an end of file
+                    marshal.dump((*jobs[busy[worker]], timeout), worker.process.stdin)
+                    worker.process.stdin.flush()
+            answered = select.select(list(busy), [], [], PATIENCE * timeout + GRACE)[0]
             for worker in answered or list(busy):
                 answer = worker.answer() if answered else None  # None: dead, or as good as dead
                 results[busy.pop(worker)] = Result(*answer or (False, "", "killed"))
@@ -85,20 +73,13 @@ class _Worker:
     """A worker process as its caller sees it. It ends with its caller, whose pipe then closes."""
 
     def __init__(self):
-        from subprocess import PIPE, Popen
-        self.process = Popen(
-            [sys.executable, "-SsB", "-X", "utf8", os.path.abspath(__file__)],
-            env={"PYTHONHASHSEED": "0", "LD_LIBRARY_PATH": os.getenv("LD_LIBRARY_PATH", "")},
-            start_new_session=True,  # Ctrl-C in the terminal reaches the caller only
-            stdin=PIPE, stdout=PIPE, cwd="/")  # fmt: skip
-        self.fileno = self.process.stdout.fileno  # what `wait` waits for
+        from subprocess import PIPE, Popen  # here: without it the worker forks faster
+        self.process = Popen([sys.executable, "-SsB", "-X", "utf8", os.path.abspath(__file__)], cwd="/",
+                             env={"PYTHONHASHSEED": "0", "LD_LIBRARY_PATH": os.getenv("LD_LIBRARY_PATH", "")},
+                             stdin=PIPE, stdout=PIPE, start_new_session=True)  # Ctrl-C: the caller's affair
+        self.fileno = self.process.stdout.fileno  # what `select` waits for
         if not self.answer():
             raise RuntimeError(f"the sandbox cannot start {sys.executable}; its message is above")
-
-    def ask(self, request):
-        with suppress(BrokenPipeError):  # dead: its answer will be an end of file
-            marshal.dump(request, self.process.stdin)
-            self.process.stdin.flush()
 
     def answer(self):
         with suppress(EOFError):  # dead: None
@@ -117,16 +98,16 @@ def close():
         _idle.pop().stop()
 
 
-# --- in the worker, and in the child that it forks ------------------------------------------------
+# ------------------------------------------------------- in the worker, and in the child that it forks
 def _serve():
     """The worker's life: receive a program on descriptor 0, run it in a child, answer on 1."""
     del sys.path[0]  # the folder of this file
     sys.argv, builtins.exit, builtins.quit = [""], sys.exit, sys.exit
     os.environ.clear()
-    sys.modules.update(dict.fromkeys(_BEHIND_THE_HOOK))  # None there makes an import fail
+    # none of these can be imported: their C code starts programs or opens files without an audit event
+    sys.modules.update(dict.fromkeys("_ctypes _multiprocessing _posixshmem _sqlite3 _dbm _gdbm".split()))
     main = sys.modules["__main__"] = type(sys)("__main__")  # the programs', each in its own copy
-    report = mmap.mmap(-1, 1024)  # shared with the child, which writes its error here
-    null = os.open(os.devnull, os.O_RDWR)
+    report, null = mmap.mmap(-1, 1024), os.open(os.devnull, os.O_RDWR)  # the child writes its error to report
     gc.collect(), gc.freeze()  # children then copy fewer pages
     answer = "ready"
     with suppress(EOFError, BrokenPipeError):  # the caller is gone
@@ -147,10 +128,7 @@ def _judge(code, stdin, timeout, null, namespace, report):
     text, part, deadline = b"", b" ", time.monotonic() + PATIENCE * timeout
     while part and len(text) <= OUTPUT:
         ready = select.select([0, output], [], [], max(0, deadline - time.monotonic()))[0]
-        if 0 in ready:  # the caller never speaks while it waits: this is its end
-            os.kill(child, signal.SIGKILL)
-            os._exit(0)
-        part = os.read(output, OUTPUT) if ready else b""
+        part = os.read(output, OUTPUT) if ready == [output] else b""  # 0 is ready: the caller has gone
         text += part
     os.kill(child, signal.SIGKILL)  # does nothing to one that has ended by itself
     late = os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGPROF or not ready
@@ -193,7 +171,7 @@ def _child(code, stdin, timeout, standard, namespace, report):
 
 def _audit(event, args):
     """Python calls this before it opens, forks, connects ...; raising forbids it."""
-    allowed = event in _GRANTED or not event.startswith(_DENIED)
+    allowed = event in ("os.putenv", "os.unsetenv", "os.walk", "os.fwalk") or not event.startswith(_DENIED)
     if event in ("open", "os.listdir", "os.scandir"):
         path = os.path.join(os.path.abspath(str(args[0])), "")
         allowed = path.startswith(_LIBRARY) and not (event == "open" and args[2] & _WRITES)

@@ -1,6 +1,6 @@
 """The built-in data set: instructions with exact answers, the people who answer them, and the judge.
 
-Everything is made from a seed, without a download, and all can be measured: each task carries a `check` that
+Everything is made from a seed, without a download, and can be measured: each task carries a `check` that
 decides exactly whether an answer is right. Hence only those categories of InstructGPT's Table 1 that can be
 judged so; English and Chinese, French as a target language. The words and phrasings stand in `world.json`.
 
@@ -23,13 +23,10 @@ CATEGORIES = ("generation", "open_qa", "brainstorming", "chat", "rewrite", "summ
               "classification", "closed_qa", "extract")
 TABLE_1 = dict(zip(CATEGORIES, (45.6, 12.4, 11.2, 8.4, 6.6, 4.2, 3.5, 2.6, 1.9)))  # % of prompts
 SPLITS = ("train", "val", "test", "test_phrasing", "test_combination")
-SHOWN = ("Translate the following English text to French: 'the red cat and the big house'",
-         "请生成一个函数，用于计算两个矩阵的乘积", "请根据用户输入生成一个简单的猜数字游戏")
 
 # ------------------------------------------------------------------------ words and grammar
-
 WORDS = json.loads((Path(__file__).parent / "world.json").read_text(encoding="utf8"))
-HABITS, LEXICON = WORDS["habits"], WORDS["lexicon"]
+HABITS, LEXICON, SHOWN = WORDS["habits"], WORDS["lexicon"], tuple(WORDS["shown"])   # SHOWN: in the README
 NOUNS, ADJECTIVES, VERBS, COUNTRIES = (     # lists of dicts: the first row of a table names its columns
     [dict(zip(columns.split(), row.split())) for row in rows]
     for columns, *rows in map(LEXICON.get, ("nouns", "adjectives", "verbs", "countries")))
@@ -39,9 +36,7 @@ CITIES = {"en": [c["capital"] for c in COUNTRIES], "zh": [c["首都"] for c in C
 LIKED = {lang: FRUITS[lang] + DRINKS[lang] + SPORTS[lang] for lang in LISTS}
 POOLS = {"name": NAMES, "city": CITIES, "by": TRANSPORT, "likes": LIKED, "job": JOBS, "fruit": FRUITS,
          "sport": SPORTS}
-STOP, COMMA, QUOTED = {"en": ".", "zh": "。"}, {"en": ", ", "zh": "、"}, {"en": "{}", "zh": "“{}”"}
-SPACE, AND = {"en": " ", "fr": " ", "zh": ""}, {"en": "and", "fr": "et", "zh": "和"}
-REFUSAL = {"en": "The text does not say.", "zh": "文中没有提到。"}
+STOP, COMMA, QUOTED, SPACE, AND, REFUSAL = WORDS["marks"].values()       # {"en": ".", "zh": "。"} ...
 
 
 def french(noun, adjective=None, article="the"):
@@ -51,10 +46,8 @@ def french(noun, adjective=None, article="the"):
         words.insert(adjective["place"] == "after", adjective[gender])
     if gender == "m" and words[-1][0] in "aeiouâéê":
         words[0] = {"beau": "bel", "nouveau": "nouvel", "vieux": "vieil"}.get(words[0], words[0])
-    if article == "the" and words[0][0] in "aeiouâéê":
-        return "l'" + " ".join(words)
-    masculine, feminine = ("le", "la") if article == "the" else ("un", "une")
-    return " ".join([masculine if gender == "m" else feminine] + words)
+    article = {"them": "le ", "thef": "la ", "am": "un ", "af": "une "}[article + gender]
+    return ("l'" if article[0] == "l" and words[0][0] in "aeiouâéê" else article) + " ".join(words)
 
 
 def english(noun, adjective=None, article="the"):
@@ -69,27 +62,19 @@ def chinese(noun, adjective=None, article="the"):
     return measure + (adjective["zh"] if adjective else "") + noun["zh"]
 
 
-def _any(rows, *columns):
-    return "(?:" + "|".join(row[column] for row in rows for column in columns) + ")"
-
-
 PHRASE = {"en": english, "fr": french, "zh": chinese}
-EN_THING = f"(?:the|an?) (?:{_any(ADJECTIVES, 'en')} )?{_any(NOUNS, 'en')}"
-ZH_THING = f"(?:一.)?{_any(ADJECTIVES, 'zh')}?{_any(NOUNS, 'zh')}"
-SENTENCE = {"en": f"{EN_THING} {_any(VERBS, 'en', 'past')} {EN_THING}",
-            "zh": f"{ZH_THING}{_any(VERBS, 'zh')}了?{ZH_THING}"}
+ANY = {lang: ["(?:" + "|".join(row[c] for row in rows for c in (lang, form) if c in row) + ")"
+              for rows in (ADJECTIVES, NOUNS, VERBS)] for lang, form in (("en", "past"), ("zh", ""))}
+SENTENCE = {"en": "(?:the|an?) (?:{0} )?{1} {2} (?:the|an?) (?:{0} )?{1}".format(*ANY["en"]),
+            "zh": "(?:一.)?{0}?{1}{2}了?(?:一.)?{0}?{1}".format(*ANY["zh"])}
+
 
 # ------------------------------------------------------------------------ tasks
-
-
 @dataclass(frozen=True)
 class Task:
-    """One instruction, with its reference answer and what the judge needs.
-
-    check is (kind, data): "answer", accepted strings | "pattern", a regular expression | "items", (class,
-    excluded) | "python", (lines that test it, what they print) | "game", (low, high, "too low", "too high")
-    | "refuse", what a careless labeler would answer
-    """
+    """One instruction, its reference answer and what the judge needs: `check`, a pair of kind and data.
+    "answer", accepted strings | "pattern", a regular expression | "items", (class, excluded) | "python",
+    (tests, what they print) | "game", (low, high, "too low", "too high") | "refuse", a made-up answer"""
     category: str                   # one of CATEGORIES
     instruction: str
     input: str                      # the text that it is asked about, or ""
@@ -106,8 +91,7 @@ class Task:
     @property
     def prompt(self):
         """All that the model is shown, as one string: what the split goes by."""
-        turns = [text for turn in self.history for text in turn]
-        return "\n".join(turns + [self.instruction, self.input]).strip()
+        return "\n".join(sum(self.history, ()) + (self.instruction, self.input)).strip()
 
     @property
     def parts(self):
@@ -117,12 +101,11 @@ class Task:
     @property
     def split(self):
         """The one split it belongs to; "" for a task that is unseen in two ways."""
+        if self.instruction in SHOWN:           # is never trained on
+            return "test"
         unseen = self.unseen_phrasing, held_out(self.family, *self.combinations)
-        if self.instruction in SHOWN:
-            return "test"                       # the README's prompts are never trained on
-        if any(unseen):
-            return {(True, False): "test_phrasing", (False, True): "test_combination"}.get(unseen, "")
-        return {0: "test", 1: "test", 2: "val"}.get(crc32(self.prompt.encode()) % 20, "train")
+        by_hash = {0: "test", 1: "test", 2: "val"}.get(crc32(self.prompt.encode()) % 20, "train")
+        return {(0, 0): by_hash, (1, 0): "test_phrasing", (0, 1): "test_combination"}.get(unseen, "")
 
     @property
     def answerable(self):
@@ -156,8 +139,7 @@ def _fill(r, lang, wanted):
 def translation(r, lang):
     """A noun phrase, two of them, or a sentence, from and to English, French or Chinese."""
     pair = r.choice(("en-fr", "en-fr", "en-fr", "en-zh", "en-zh", "fr-en", "zh-en"))
-    nouns, adjectives = r.sample(NOUNS, 2), r.sample(ADJECTIVES, 2)
-    said = [(noun, adjective if r.random() < 0.8 else None) for noun, adjective in zip(nouns, adjectives)]
+    said = [(n, a if r.random() < 0.8 else None) for n, a in zip(r.sample(NOUNS, 2), r.sample(ADJECTIVES, 2))]
     article, kind, verb = r.choice(("the", "the", "a")), r.randrange(3), r.choice(VERBS)
     said, joint = said if kind else said[:1], verb if kind == 2 else AND
     a, b = pair.split("-")
@@ -178,9 +160,9 @@ def rewriting(r, lang):
     (noun, noun2), verb = r.sample(NOUNS, 2), r.choice(VERBS)
     adjective = r.choice([a for a in ADJECTIVES if a["opposite"] != "-"])
     opposite = next(a for a in ADJECTIVES if a["en"] == adjective["opposite"])
-    words = {"first": english(noun, adjective), "second": english(noun2), "verb": verb["en"],
-             "past": verb["past"], "opposite": english(noun, opposite)}
-    source, output = "{first} {verb} {second}".format(**words), template.format(**words)
+    words = verb | {"first": english(noun, adjective), "second": english(noun2),
+                    "opposite": english(noun, opposite)}
+    source, output = "{first} {en} {second}".format(**words), template.format(**words)
     if how == "reverse":
         words = [n["en"] for n in r.sample(NOUNS, r.randint(3, 5))]
         source, output = " ".join(words), " ".join(reversed(words))
@@ -195,22 +177,16 @@ def sentence(r, lang):
     words = [w[lang] for w in r.sample(given, len(given))]
     said = PHRASE[lang](noun, adjective), verb[lang], PHRASE[lang](noun2)
     output = SPACE[lang].join(said).capitalize() + STOP[lang]
-    shown = COMMA[lang].join(QUOTED[lang].format(word) for word in words)
-    shown = " and ".join(shown.rsplit(", ", 1))     # only in English is there a ", "
-    pattern = "".join(f"(?=.*{w})" for w in words) + SENTENCE[lang]
-    return _task("generation", lang, _ask(r, WORDS["sentence"][lang], words=shown), output,
-                 " ".join(sorted((noun["en"], noun2["en"]))), check=("pattern", pattern),
-                 note=" ".join(words) + " - " + output)
+    shown = COMMA[lang].join(map(QUOTED[lang].format, words)).rsplit(", ", 1)   # no ", " in Chinese
+    return _task("generation", lang, _ask(r, WORDS["sentence"][lang], words=" and ".join(shown)), output,
+                 " ".join(sorted((noun["en"], noun2["en"]))), note=" ".join(words) + " - " + output,
+                 check=("pattern", "".join(f"(?=.*{w})" for w in words) + SENTENCE[lang]))
 
 
-LAST_FUNCTION = ("_f = [v for v in list(globals().values()) "
-                 "if type(v).__name__ == 'function' and v is not print][-1]")
-
-
-def _python(r, lang, prompts, what, arguments, value, tests, *combinations):
-    """A task whose answer is a function; in `tests` it is called `_f`, whatever name it was given."""
+def _python(r, lang, words, what, arguments, value, *combinations):
+    """A task whose answer is a function; its tests call it `_f`, whatever name it was given."""
     name = r.choice("g total compute solve process result apply work answer".split())
-    asked = _ask(r, prompts[lang], what=what, name=name)
+    asked, tests = _ask(r, words["prompts"][lang], what=what, name=name), words["tests"][arguments]
     named = re.search(rf"called {name}|`{name}`|名为{name}", asked[0])
     code, printed = f"def {name if named else 'f'}({arguments}):\n    return {value}", []
     # what the reference prints needs no sandbox: we wrote it
@@ -228,8 +204,7 @@ def list_function(r, lang):
     keep, change, fold = (step[2].format("{}", k=k, m=m) for step in chosen)
     value = fold.format(f"{change} for x in xs" + (f" if {keep}" if keep else ""))
     what = words["takes"][lang] + " and ".join({"en": ", ", "zh": "，"}[lang].join(steps).rsplit(", ", 1))
-    return _python(r, lang, words["prompts"], what, "xs", value, words["tests"],
-                   "/".join(step[0] for step in chosen))
+    return _python(r, lang, words, what, "xs", value, "/".join(step[0] for step in chosen))
 
 
 def matrix_function(r, lang):
@@ -237,8 +212,7 @@ def matrix_function(r, lang):
     words = WORDS["matrix_function"]
     en, zh, arguments, value = r.choice(words["functions"])
     m, what = r.randint(2, 9), {"en": en, "zh": zh}[lang]
-    return _python(r, lang, words["prompts"], what.format(m=m), arguments, value.format(m=m),
-                   words["tests"][arguments])
+    return _python(r, lang, words, what.format(m=m), arguments, value.format(m=m))
 
 
 def guessing_game(r, lang):
@@ -283,8 +257,7 @@ def remember(r, lang):
     topics = r.sample(tuple(told), r.choice((2, 2, 3)))
     asked = r.choice(topics)
     history = tuple(tuple(text.format(v=me[t]) for text in told[t][:2]) for t in topics)
-    *_, phrasings, output = told[asked]
-    output = output.format(v=me[asked])
+    phrasings, output = told[asked][2], told[asked][3].format(v=me[asked])
     note = " ".join(f"{user} - {reply}" for user, reply in history) + f" {phrasings[0]} - {output}"
     return _task("chat", lang, _ask(r, phrasings), output, " ".join(topics) + " > " + asked,
                  check=("answer", [output, me[asked]]), history=history, note=note)
@@ -312,9 +285,8 @@ def summary(r, lang):
                                               "saw": verb["past"] if lang == "en" else verb["zh"] + "了"}
     *told, asides, whole, in_short = WORDS["trip"][lang]
     goes, takes, sees = (r.choice(part).format(**words) for part in told)
-    aside = r.sample(asides, r.randint(2, 3))
+    aside, output = r.sample(asides, r.randint(2, 3)), whole.format(**words)
     text = SPACE[lang].join([goes, aside[0], takes, *aside[2:], sees, aside[1]])
-    output = whole.format(**words)
     limit = len(output.split()) + 1
     asked = _ask(r, WORDS["summary"][lang], n=limit)
     return _task("summarization", lang, asked, output, f"{words['by']} {words['saw']}", text=text,
@@ -327,9 +299,8 @@ def sentiment(r, lang):
     words = WORDS["review"][lang]
     moods = [r.choice(("good", "bad")) for _ in range(2)]
     how, mixed = [r.choice(words[mood].split()) for mood in moods], moods[0] != moods[1]
-    things = r.sample(words["things"].split(), 2)
-    first, second = (words["clause"].format(what=a, how=b) for a, b in zip(things, how))
-    text = first[0].upper() + first[1:] + words["but" if mixed else "and"] + second + STOP[lang]
+    clauses = map(words["clause"].format, r.sample(words["things"].split(), 2), how)
+    text = words["but" if mixed else "and"].join(clauses).capitalize() + STOP[lang]
     label = words["labels"].split()[2 if mixed else moods[0] == "bad"]
     return _task("classification", lang, _ask(r, WORDS["sentiment"][lang]), label, " ".join(sorted(how)),
                  text=text, note=f"{text} ({label})")
@@ -339,8 +310,8 @@ def topic(r, lang):
     """One sentence about one of four topics."""
     label, sentences = r.choice(tuple(WORDS["topics"][lang].items()))
     text = r.choice(sentences).format(**_fill(r, lang, "name city by job fruit sport"))
-    asked = _ask(r, WORDS["topic"][lang])
-    return _task("classification", lang, asked, label, text=text, note=f"{text} ({label})")
+    return _task("classification", lang, _ask(r, WORDS["topic"][lang]), label, text=text,
+                 note=f"{text} ({label})")
 
 
 def _question(r, lang, facts, answered):
@@ -351,8 +322,7 @@ def _question(r, lang, facts, answered):
         about = 1 if r.random() < 0.75 else 2   # of the person, or "who ...?"
         answers = [people[relation][0].format(name=name, v=value), value if about == 1 else name]
     else:                                       # about somebody in the text, but of nobody is this told
-        told = [what for _, what, _ in facts]
-        relation = r.choice([what for what in people if what not in told])
+        relation = r.choice([what for what in people if what not in {fact[1] for fact in facts}])
         about, answers = 1, [REFUSAL[lang]]
     return *_ask(r, people[relation][about], name=name, v=value), answers, name, relation
 
@@ -369,8 +339,7 @@ def reading(r, lang):
     facts = [(name, relation, values[relation].pop()) for name, relation in cells]
     r.shuffle(facts)
     text = SPACE[lang].join(people[relation][0].format(name=name, v=v) for name, relation, v in facts)
-    answered = r.random() < 0.67
-    question, unseen, answers, name, relation = _question(r, lang, facts, answered)
+    question, unseen, answers, name, relation = _question(r, lang, facts, answered := r.random() < 0.67)
     instruction, unseen_frame = _ask(r, WORDS["reading"][lang], q=question)
     made_up = people[relation][0].format(name=name, v=values[relation].pop())
     # a document asks four questions of its text: looking up is learnt from many look-ups
@@ -404,23 +373,17 @@ CHINESE = 0.35                                  # the share of tasks and recital
 
 def draw(r, category):
     """One task of a category, of any split. r: random.Random"""
-    families = FAMILIES[category]
-    family = r.choices(tuple(families), families.values())[0]
-    task = family(r, "zh" if r.random() < CHINESE else "en")
-    return replace(task, family=family.__name__)
+    family = r.choices(tuple(FAMILIES[category]), FAMILIES[category].values())[0]
+    return replace(family(r, "zh" if r.random() < CHINESE else "en"), family=family.__name__)
 
 
 def tasks(n, split="train", seed=0, categories=CATEGORIES):
-    """n tasks of one split with n different prompts, from the categories in turn.
-
-    A category that has no further prompt (open_qa has about 1,500 to train on) is passed over from then on;
-    ValueError where none has any.
-    """
+    """n tasks of one split with n different prompts, from the categories in turn, but for those that are used
+    up (open_qa has about 1,500 to train on); ValueError where all are."""
     r, found, left, misses = random.Random(f"tasks {seed} {split}"), {}, list(categories), 0
     while left and len(found) < n:
-        category = left[len(found) % len(left)]
+        category, misses = left[len(found) % len(left)], misses + 1
         task = draw(r, category)
-        misses += 1
         if task.split == split and task.prompt not in found:
             found[task.prompt], misses = task, 0
         elif misses > 5000:
@@ -431,7 +394,6 @@ def tasks(n, split="train", seed=0, categories=CATEGORIES):
 
 
 # ------------------------------------------------------------------------ documents (step 0)
-
 DOCUMENT_MIX = {"generation": 15, "open_qa": 9, "brainstorming": 9, "chat": 6, "rewrite": 23,
                 "summarization": 4, "classification": 3, "closed_qa": 27, "extract": 4}     # % of the rest
 PROSE_SHARE, LIST_SHARE = 0.02, 0.06                                        # of all documents
@@ -447,8 +409,7 @@ def prose(split="train"):
         side += [lines[i:i + 16] for i in range(0, len(lines), 16)]
     # topics quote each other: nothing that shares a line with the held-out text is trained on
     shared = {line for passage in passages["val"] for line in passage if len(line) > 30}
-    kept = [p for p in passages[split] if split == "val" or not shared.intersection(p)]
-    return ["\n".join(passage).strip() for passage in kept]
+    return ["\n".join(p).strip() for p in passages[split] if split == "val" or not shared.intersection(p)]
 
 
 def recital(r):
@@ -470,8 +431,7 @@ def recital(r):
 def recitals(seed=0):
     """Endless lists and registers, to begin with: see sft.py, deviation 5."""
     r = random.Random(f"recitals {seed}")
-    while True:
-        yield recital(r)
+    return iter(lambda: recital(r), None)
 
 
 def documents(seed=0, split="train"):
@@ -492,13 +452,10 @@ def documents(seed=0, split="train"):
 
 
 # ------------------------------------------------------------------------ demonstrations (step 1)
-
 # A person who writes demonstrations, with the rates of what the guidelines dislike: opener "Sure! ...", hedge
-# "I think: ...", closer "... Hope this helps!"; guess: to answer what the text does not tell.
+# "I think: ...", closer "... Hope this helps!", guess at what the text does not tell; for the rest see rank.
 Labeler = namedtuple("Labeler", "opener hedge closer guess strict terse")
-LABELERS = (Labeler(0.55, 0.10, 0.10, 0.15, 0.10, 0.00), Labeler(0.10, 0.55, 0.10, 0.25, 0.00, 0.10),
-            Labeler(0.15, 0.10, 0.50, 0.20, -0.10, 0.05), Labeler(0.35, 0.20, 0.20, 0.30, 0.00, -0.10),
-            Labeler(0.05, 0.05, 0.05, 0.00, 0.10, 0.05), Labeler(0.40, 0.25, 0.15, 0.20, -0.05, -0.05))
+LABELERS = tuple(Labeler(*rates) for rates in WORDS["labelers"])
 RANKERS, HELD_OUT_RANKERS = LABELERS[:4], LABELERS[4:]  # the reward model never learns from the latter
 CARE = {"generation": 0.3, "rewrite": 0.3}      # where labelers are exact, the rates shrink to this
 HARD = ("rewrite", "closed_qa", "brainstorming")    # takes most practice: demonstrated 2.5 times as often
@@ -506,9 +463,7 @@ HARD = ("rewrite", "closed_qa", "brainstorming")    # takes most practice: demon
 
 def write(r, task, labeler):
     """The answer that this labeler writes to the task: the reference, in their manner. r: random.Random"""
-    answer = task.output
-    if not task.answerable and r.random() < labeler.guess:
-        answer = task.check[1]
+    answer = task.check[1] if not task.answerable and r.random() < labeler.guess else task.output
     care, roll = CARE.get(task.category, 1.0), r.random()
     gap = "\n" if "\n" in answer else SPACE[task.language]
     for habit, rate in zip(Labeler._fields[:3], accumulate(labeler[:3])):
@@ -526,18 +481,14 @@ def demonstrations(n, split="train", seed=0):
 
 
 # ------------------------------------------------------------------------ the judge
-
 WEIGHTS = {"right": 0.5, "plain": 0.2, "kept": 0.15, "supported": 0.1, "stopped": 0.05}
+LAST_FUNCTION = ("_f = [v for v in list(globals().values()) "
+                 "if type(v).__name__ == 'function' and v is not print][-1]")
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """What the judge finds in one answer; `score` is between 0 and 1."""
-    right: bool         # the answer itself
-    kept: bool          # what the instruction demanded of its form
-    supported: bool     # it states nothing that the text does not contain
-    stopped: bool       # it ended by itself
-    plain: bool         # free of the habits that the guidelines dislike
+class Verdict(namedtuple("Verdict", "right kept supported stopped plain")):
+    """What the judge finds: the answer itself is right, the form demanded of it is kept, the text says what
+    it states, it ended by itself, it is free of the habits that the guidelines dislike. `score`: 0 to 1."""
 
     @property
     def score(self):
@@ -568,13 +519,11 @@ def _right(task, core, runs):
     """Is the answer itself right? `runs`: what the sandbox says of its code."""
     kind, data = task.check
     if kind in ("answer", "refuse"):
-        accepted = data if task.answerable else [REFUSAL[task.language]]
-        return _normal(core) in map(_normal, accepted)
+        return _normal(core) in map(_normal, data if task.answerable else [REFUSAL[task.language]])
     if kind == "pattern":
         return re.fullmatch(data, _normal(core)) is not None
     if kind == "items":
-        what, excluded = data
-        items, allowed = _items(core), {_normal(m) for m in LISTS[task.language][what] if m not in excluded}
+        items, allowed = _items(core), {_normal(m) for m in LISTS[task.language][data[0]] if m not in data[1]}
         return len(set(items)) == len(items) and allowed.issuperset(items)
     if kind == "python":
         return runs[0].ok and runs[0].stdout.strip() == data[1]
@@ -608,23 +557,21 @@ def _supported(task, core, right):
     if task.category == "closed_qa":            # anything but the answer or a refusal is made up
         return right or _normal(core) == _normal(REFUSAL[task.language])
     lang, text = task.language, task.input
-    content = [w[lang] for w in NOUNS + ADJECTIVES]
-    content += NAMES[lang] + CITIES[lang] + FRUITS[lang] + TRANSPORT[lang]
+    pool = [w[lang] for w in NOUNS + ADJECTIVES] + NAMES[lang] + CITIES[lang] + FRUITS[lang] + TRANSPORT[lang]
     if lang == "en":
         core, text = re.findall(r"\w+", core), re.findall(r"\w+", text)
-    return all(word in text for word in content if word in core)
+    return all(word in text for word in pool if word in core)
 
 
 def _programs(task, core):
     """What must be run to judge an answer: [(code, stdin)]."""
     kind, data = task.check
-    if kind == "python":
-        return [("\n".join((core, LAST_FUNCTION, data[0])), "")]
-    if kind == "game":      # the secret is the highest number, approached upwards; then the lowest, downwards
-        numbers = [str(i) for i in range(data[0], data[1] + 1)]
-        return [(f"import random\nrandom.randint = lambda a, b: {secret}\n{core}", "\n".join(guesses))
-                for secret, guesses in (("b", numbers), ("a", numbers[::-1]))]
-    return []
+    if kind != "game":
+        return [("\n".join((core, LAST_FUNCTION, data[0])), "")] if kind == "python" else []
+    numbers = [str(i) for i in range(data[0], data[1] + 1)]
+    # the secret is the highest number, approached upwards; then the lowest, downwards
+    return [(f"import random\nrandom.randint = lambda a, b: {secret}\n{core}", "\n".join(guesses))
+            for secret, guesses in (("b", numbers), ("a", numbers[::-1]))]
 
 
 def judge_many(tasks, answers, stopped=None):
@@ -632,12 +579,10 @@ def judge_many(tasks, answers, stopped=None):
     cores = [strip_habits(answer) for answer in answers]
     programs = [_programs(task, core) for task, (core, _) in zip(tasks, cores)]
     distinct = list(dict.fromkeys(program for needed in programs for program in needed))
-    runs, verdicts = dict(zip(distinct, sandbox.run_many(distinct))), []
-    stopped = [True] * len(cores) if stopped is None else stopped
-    for task, (core, plain), needed, ended in zip(tasks, cores, programs, stopped):
-        right = _right(task, core, [runs[program] for program in needed])
-        verdicts.append(Verdict(right, _kept(task, core), _supported(task, core, right), ended, plain))
-    return verdicts
+    runs = dict(zip(distinct, sandbox.run_many(distinct)))
+    return [Verdict(right := _right(task, core, [runs[program] for program in needed]), _kept(task, core),
+                    _supported(task, core, right), ended, plain) for task, (core, plain), needed, ended
+            in zip(tasks, cores, programs, stopped or [True] * len(cores))]
 
 
 def judge(task, answer, stopped=True):
@@ -646,8 +591,7 @@ def judge(task, answer, stopped=True):
 
 
 # ------------------------------------------------------------------------ rankings (step 2)
-
-NOISE, GRADE = 0.18, 0.1        # of one judgement, tuned to 72.6 % agreement; what is nearer than a grade ties
+NOISE, GRADE = 0.18, 0.1    # of one judgement, tuned to 72.6 % agreement; what is nearer than a grade ties
 
 
 def ranks_of(values):
