@@ -2,8 +2,7 @@
 
     Attention(Q, K, V) = softmax(Q Kᵀ / √d_k) V                       Vaswani et al. 2017, Eq. 1
 
-Axes: B batch, H heads, T tokens (Tq queries, Tk keys), D head size.
-A mask is bool (or 0/1), True where a query may attend to a key.
+Axes: B batch, H heads, T tokens (Tq queries, Tk keys), D head size. Masks: bool or 0/1, True = may attend.
 """
 import math
 from functools import reduce
@@ -17,8 +16,8 @@ def attention(q, k, v, mask=None, *, causal=False, flash=False):
 
     q (B,H,Tq,D); k and v (B,H,Tk,D); mask broadcastable to (B,H,Tq,Tk)  ->  (B,H,Tq,D)
 
-    causal: no query sees a later key. The LAST query sees ALL keys, so a single new token that
-    is decoded against a cache of n keys sees the n keys (RECIPE A3).
+    causal: no query sees a later key. The LAST query sees ALL keys, so a single new token that is decoded
+    against a cache of n keys sees the n keys (RECIPE A3).
     flash: the same numbers from PyTorch's fused kernel, which never stores the (Tq,Tk) weights.
     A query that may attend to nothing returns zeros and sends zero gradients (RECIPE A5).
     """
@@ -28,22 +27,18 @@ def attention(q, k, v, mask=None, *, causal=False, flash=False):
         mask = join(mask, causal_mask(Tq, Tk, q.device))
     empty = None
     if mask is not None:
-        # The softmax of a row of -inf is NaN, forward and backward. So a query that may see
-        # nothing is shown everything, and its output is then replaced by zeros.
-        mask = mask.bool()
-        empty = ~mask.any(-1, keepdim=True)                  # (B,1,Tq,1), or what broadcasts to it
-        mask = mask | empty
-
+        # The softmax of a row of -inf is NaN, forward and backward. So a query that may see nothing is shown
+        # everything, and its output is then replaced by zeros.
+        empty = ~mask.bool().any(-1, keepdim=True)           # (B,1,Tq,1), or what broadcasts to it
+        mask = mask.bool() | empty
     if flash:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=kernel_masks)
     else:
         q = q / math.sqrt(q.shape[-1])                       # here, as Tq·D is less than Tq·Tk
-        # With one query K qᵀ is the same numbers: in bf16 q Kᵀ would first transpose the whole
-        # cache, a fifth of the time that generation takes.
+        # With one query K qᵀ is the same numbers: in bf16 q Kᵀ would first transpose the whole cache, a fifth
+        # of the time that generation takes.
         scores = q @ k.mT if Tq > 1 else (k @ q.mT).mT       # (B,H,Tq,Tk)  QKᵀ / √d_k
-        if mask is not None:
-            # Added, not filled in: the gradient of a sum costs nothing, so forward + backward
-            # takes 15 % less (bf16, T = 256).
+        if mask is not None:    # added, not filled in: a sum's gradient is free, 15 % less time in bf16
             scores += torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -torch.inf)
         weights = scores.softmax(-1)                         # (B,H,Tq,Tk)  each row sums to 1
         out = weights @ v                                    # (B,H,Tq,D)

@@ -1,13 +1,10 @@
-"""Every number of the project, on one page: what a command can be told, and what the presets tell it.
-
-A step's config is a frozen dataclass; its fields are its flags (`--pretrain-steps 500`, or with underscores).
-A value comes from the command line, else from the preset (`--config tiny`), else from the default here.
-"""
+"""Every number of the project, on one page. A config's fields are a step's flags (`--pretrain-steps 500`); a
+value comes from the command line, else from the preset (`--config tiny`), else from the default here."""
 import difflib
-import math
 import sys
 import textwrap
 from dataclasses import dataclass, fields
+from math import inf
 
 
 class UserError(Exception):
@@ -15,8 +12,7 @@ class UserError(Exception):
 
 
 @dataclass(frozen=True)
-class CommandConfig:
-    """What every command understands."""
+class CommandConfig:            # what every command understands
     config: str = "tiny"        # the preset: tiny, small or gpt2
     seed: int = 1               # data, weights and sampling follow from it
     out: str = ""               # the run's folder; by default runs/<config>, with --data runs/<config>-<file>
@@ -27,18 +23,15 @@ class CommandConfig:
 
 
 @dataclass(frozen=True)
-class TrainConfig(CommandConfig):
-    """What every training step understands."""
+class TrainConfig(CommandConfig):  # what every training step understands
     resume: bool = False        # an interrupted run is continued anyway; insist that there is one
     fresh: bool = False         # begin anew, even where a finished or an interrupted run is there
     clip: float = 1.0           # the largest norm of the gradient
 
 
 @dataclass(frozen=True)
-class SFTConfig(TrainConfig):
-    """Step 0, pretraining, and step 1, supervised fine-tuning."""
-    # the model
-    tokenizer: str = "bpe"      # bpe: trained on the data; gpt2: tiktoken's
+class SFTConfig(TrainConfig):   # step 0, pretraining, and step 1, supervised fine-tuning
+    tokenizer: str = "bpe"      # the model: bpe, trained on the data; gpt2: tiktoken's
     vocab_size: int = 2048      # of the trained tokenizer, its 4 special tokens included
     block_size: int = 256       # tokens of context
     n_layer: int = 4
@@ -47,32 +40,28 @@ class SFTConfig(TrainConfig):
     flash: str = "auto"         # the fused attention kernel: auto (see model.by_hand_is_faster), yes or no
     init_std: float = 0.08      # of the weights at the start, about 1/sqrt(n_embd)
     wave_std: float = 0.2       # positions start as sinusoids of this amplitude
-    # step 0
-    recital_steps: int = 400    # optimiser steps on recitals, in windows of 64 tokens, before the documents
-    pretrain_steps: int = 2800  # optimiser steps in all
+    recital_steps: int = 400    # step 0: optimiser steps on recitals, in windows of 64 tokens, come first
+    pretrain_steps: int = 3000  # optimiser steps in all
     pretrain_batch: int = 2048  # tokens an optimiser step
     pretrain_lr: float = 2e-3   # of AdamW: embeddings, norms, biases
     pretrain_matrix_lr: float = 0.008    # of Muon: the blocks' matrices
     pretrain_docs: int = 4_000_000   # tokens of different text to make; more steps than that read it again
-    # step 1
-    demonstrations: int = 16_000     # how many the labelers write
-    epochs: int = 4
+    demonstrations: int = 16_000     # step 1: how many the labelers write
+    epochs: int = 5
     steps: int = 0              # optimiser steps of step 1; 0 = by epochs
     batch_size: int = 32        # demonstrations an optimiser step
     lr: float = 1.5e-3
     matrix_lr: float = 0.003
     ptx_share: float = 0.1      # pretraining sequences among the fine-tuning ones (InstructGPT C.3: 10 %)
     sft_dropout: float = 0.0    # residual dropout in step 1 (the paper's baseline: 0.2, over 16 epochs)
-    # both
-    accumulate: int = 1         # micro-batches an optimiser step
+    accumulate: int = 1         # both: micro-batches an optimiser step
     weight_decay: float = 0.1
     warmup: int = 50            # optimiser steps until the peak of the learning rate
     eval_every: int = 500       # optimiser steps between two evaluations
 
 
 @dataclass(frozen=True)
-class RewardConfig(TrainConfig):
-    """Step 2: comparisons, and the reward model."""
+class RewardConfig(TrainConfig):  # step 2: comparisons, and the reward model
     from_: str = "sft"          # whose answers are ranked: stages, with commas between them
     prompts: int = 6000         # prompts whose answers are ranked
     min_k: int = 4              # answers to a prompt (InstructGPT: 4 to 9)
@@ -89,8 +78,7 @@ class RewardConfig(TrainConfig):
 
 
 @dataclass(frozen=True)
-class PPOConfig(TrainConfig):
-    """Step 3: PPO with the pretraining gradient mixed in."""
+class PPOConfig(TrainConfig):   # step 3: PPO with the pretraining gradient mixed in
     reward: str = "model"       # model: step 2's; execution: the exact check; FILE.py:function: your own
     iterations: int = 40
     episodes: int = 512         # answers an iteration, each used once
@@ -117,8 +105,7 @@ class PPOConfig(TrainConfig):
 
 
 @dataclass(frozen=True)
-class SampleConfig(CommandConfig):
-    """Using a trained model."""
+class SampleConfig(CommandConfig):  # using a trained model
     stage: str = ""             # base, sft, ppo ...; by default the furthest that the run has
     prompt: str = ""            # the instruction
     input: str = ""             # the text that it is about, if any
@@ -133,38 +120,31 @@ class SampleConfig(CommandConfig):
 
 
 @dataclass(frozen=True)
-class EvaluateConfig(CommandConfig):
-    """Measuring the stages of a run."""
+class EvaluateConfig(CommandConfig):  # measuring the stages of a run
     per_category: int = 120     # test prompts of each category
     batch_size: int = 256       # prompts answered side by side
 
 
-PRESETS = {     # preset -> step -> what it changes
-    "tiny": {},                 # minutes on a laptop CPU
-    "small": {                  # 11 M parameters: an hour of a GPU
-        "sft": dict(init_std=0.05, vocab_size=4096, block_size=512, n_layer=6, n_head=6, n_embd=384,
-                    pretrain_steps=5000, pretrain_batch=32_768, pretrain_lr=1e-3, pretrain_docs=20_000_000,
-                    demonstrations=60_000, lr=5e-4)},
-    "gpt2": {                   # GPT-2's shape and tokenizer, 124 M parameters: for your own data and a GPU
-        "sft": dict(init_std=0.02, wave_std=0.0, tokenizer="gpt2", block_size=1024, n_layer=12, n_head=12,
-                    n_embd=768, pretrain_steps=20_000, pretrain_batch=131_072, accumulate=4, pretrain_lr=6e-4,
-                    pretrain_docs=20_000_000, lr=1e-4, warmup=500)}}
+PRESETS = {"tiny": {},          # preset -> step -> what it changes; tiny: minutes on a laptop CPU
+    "small": {"sft": dict(      # 11 M parameters: an hour of a GPU
+        init_std=0.05, vocab_size=4096, block_size=512, n_layer=6, n_head=6, n_embd=384, pretrain_steps=5000,
+        pretrain_batch=32_768, pretrain_lr=1e-3, pretrain_docs=20_000_000, demonstrations=60_000, lr=5e-4)},
+    "gpt2": {"sft": dict(tokenizer="gpt2", wave_std=0.0,    # GPT-2's shape, 124 M: for own data and a GPU
+        init_std=0.02, block_size=1024, n_layer=12, n_head=12, n_embd=768, pretrain_steps=20_000, lr=1e-4,
+        pretrain_batch=131_072, accumulate=4, pretrain_lr=6e-4, pretrain_docs=20_000_000, warmup=500)}}
 CONFIGS = {"sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig, "sample": SampleConfig,
            "evaluate": EvaluateConfig}
-
 ALLOWED = {     # field -> its words, or its least and greatest value; of other numbers by their type
     "config": tuple(PRESETS), "dtype": ("auto", "fp32", "bf16"), "tokenizer": ("bpe", "gpt2"),
-    "flash": ("auto", "yes", "no"), "min_k": (2, 9), "max_k": (2, 9), "top_p": (1e-6, 1),
-    "unfinished_score": (-1e6, 1e6), **dict.fromkeys(("ptx_share", "sft_dropout", "ema"), (0, 0.999_999)),
-    **dict.fromkeys(("threads", "steps", "seed", "warmup", "recital_steps", "top_k"), (0, math.inf)),
-    int: (1, math.inf), float: (0, 1e6)}
+    "flash": ("auto", "yes", "no"), "min_k": (2, 9), "max_k": (2, 9), "top_p": (1e-6, 1), float: (0, 1e6),
+    **dict.fromkeys("ptx_share sft_dropout ema".split(), (0, 0.999_999)), "unfinished_score": (-1e6, 1e6),
+    **dict.fromkeys("threads steps seed warmup recital_steps top_k".split(), (0, inf)), int: (1, inf)}
 YES_NO = {"yes": True, "true": True, "1": True, "no": False, "false": False, "0": False}
 
 
 def nearest(word, words):
     """" Did you mean ...?", or nothing where no word is near."""
-    near = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
-    return f" Did you mean {near[0]}?" if near else ""
+    return "".join(f" Did you mean {near}?" for near in difflib.get_close_matches(word, words, 1, 0.5))
 
 
 def flag(name):
@@ -173,7 +153,7 @@ def flag(name):
 
 
 def parse(step, argv=None, description=""):
-    """The config of a step from its command line -> (config, {field: where its value comes from})."""
+    """A step's command line -> (config, {field: where its value comes from}). UserError if it cannot work."""
     words, given = list(sys.argv[1:] if argv is None else argv), {}
     flags = {flag(field.name): field for field in fields(CONFIGS[step])}
     if "--help" in words or "-h" in words:
@@ -196,14 +176,7 @@ def parse(step, argv=None, description=""):
             raise UserError(f"{name} takes a value of type {field.type.__name__}, not {value!r}") from None
     preset = PRESETS.get(given.get("config", "tiny"), {}).get(step, {})
     config = CONFIGS[step](**preset | given)
-    validate(config)
-    return config, {field.name: "command line" if field.name in given else "preset" if field.name in preset
-                    else "default" for field in fields(config)}
-
-
-def validate(config):
-    """UserError for values that cannot work, before anything is computed."""
-    for field in fields(config):
+    for field in fields(config):        # what cannot work is said before anything is computed
         name, value = flag(field.name), getattr(config, field.name)
         allowed = ALLOWED.get(field.name, ALLOWED.get(field.type))
         if field.type is str and allowed and value not in allowed:
@@ -218,14 +191,13 @@ def validate(config):
         raise UserError(f"--min-k {config.min_k} is more than --max-k {config.max_k}")
     if isinstance(config, RewardConfig) and not all(config.from_.split(",")):
         raise UserError(f"--from names stages, with commas between them, as in sft,ppo; not {config.from_!r}")
+    return config, {name: "command line" if name in given else "preset" if name in preset else "default"
+                    for name in vars(config)}
 
 
 def show(config, origin):
     """The resolved config, by where its values come from; of the defaults, what is off is left out."""
-    lines = []
-    for source in dict.fromkeys(sorted(origin.values(), key=("command line", "preset", "default").index)):
-        words = [f"{name}={getattr(config, name)}" for name, o in origin.items()
-                 if o == source and (getattr(config, name) or o != "default")]
-        lines += textwrap.wrap(f"  {source}: {' '.join(words)}", 110, subsequent_indent=" " * 10,
-                               break_long_words=False, break_on_hyphens=False)
-    return "\n".join(lines)
+    page = textwrap.TextWrapper(110, "", " " * 10, break_long_words=False, break_on_hyphens=False)
+    said = {source: [f"{name}={value}" for name, value in vars(config).items() if origin[name] == source
+                     and (value or source != "default")] for source in ("command line", "preset", "default")}
+    return "\n".join(page.fill(f"  {source}: {' '.join(words)}") for source, words in said.items() if words)

@@ -1,7 +1,4 @@
-"""Text <-> tokens <-> batches: the tokenizer, the one prompt template, the file formats, the masks.
-
-Axes: B batch, T tokens.
-"""
+"""Text <-> tokens <-> batches: tokenizer, prompt template, file formats, masks. Axes: B batch, T tokens."""
 import base64
 import json
 import random
@@ -16,46 +13,39 @@ from torch.nn.utils.rnn import pad_sequence
 
 from config import UserError
 
-# ------------------------------------------------------------------------ the tokenizer
-
-# Text is first cut into words with their leading space, single digits, punctuation and white space; merges
-# never cross these cuts. Latin letters apart from all others, so that Chinese does not stick to a Latin word.
-# The same pattern runs in Python's re (training) and in tiktoken (encoding).
+# Merges never cross these cuts: words with their leading space, digits one by one, punctuation, white space;
+# Latin letters apart from others, so that Chinese sticks to no Latin word. Both re and tiktoken cut by it.
 PATTERN = r" ?[A-Za-zÀ-ɏ]+|[^\W\d_A-Za-zÀ-ɏ]+|\d| ?[^\s\w]+|_+|\s+(?!\S)|\s+"
-END, PAD, USER, ASSISTANT = SPECIALS = ("<|endoftext|>", "<|pad|>", "<|user|>", "<|assistant|>")
+SPECIALS = ("<|endoftext|>", "<|pad|>", "<|user|>", "<|assistant|>")
 
 
 def train_bpe(texts, size):
     """Byte-pair encoding (Sennrich et al. 2016): texts -> {token bytes: rank}, at most `size` of them."""
     # Begin with the 256 bytes; again and again, make the most frequent pair of neighbours one new token.
     words = Counter(word for text in texts for word in re.findall(PATTERN, text))
-    ranks = {bytes([i]): i for i in range(256)}
     spelled = [([bytes([b]) for b in word.encode()], n) for word, n in sorted(words.items())]
-    count, where = Counter(), defaultdict(set)      # of each pair: how often, and in which words
-    for i, (parts, n) in enumerate(spelled):
+    ranks = {bytes([i]): i for i in range(256)}
+    count, where = Counter(), defaultdict(set)      # of each pair: how often, and words that may contain it
+
+    def tally(i, sign):
+        parts, n = spelled[i]
         for pair in zip(parts, parts[1:]):
-            count[pair] += n
+            count[pair] += sign * n
             where[pair].add(i)
+    for i in range(len(spelled)):
+        tally(i, 1)
     while len(ranks) < size and count:
         best = max(count, key=lambda pair: (count[pair], pair))     # a tie must not depend on the hash seed
         if count[best] < 2:
             break                                   # what occurs once is no pattern
         ranks[best[0] + best[1]] = len(ranks)
-        for i in where.pop(best):                   # recount only the words that contain the pair
-            parts, n = spelled[i]
-            for pair in zip(parts, parts[1:]):
-                count[pair] -= n
-                where[pair].discard(i)
-            merged, j = [], 0
-            while j < len(parts):
-                size_here = 2 if tuple(parts[j:j + 2]) == best else 1
-                merged.append(b"".join(parts[j:j + size_here]))
-                j += size_here
-            spelled[i] = (merged, n)
-            for pair in zip(merged, merged[1:]):
-                count[pair] += n
-                where[pair].add(i)
-        del count[best]
+        for i in where.pop(best):                   # recount only these words
+            tally(i, -1)
+            parts, _ = spelled[i]
+            for j in range(len(parts)):             # parts gets shorter: past its end there is no pair
+                if tuple(parts[j:j + 2]) == best:
+                    parts[j:j + 2] = [best[0] + best[1]]
+            tally(i, 1)
     return ranks
 
 
@@ -63,14 +53,11 @@ class Tokenizer:
     """Text <-> token ids. The special tokens stand above all others, and no text can spell them."""
 
     def __init__(self, ranks, pattern=PATTERN):
-        first = max(ranks.values()) + 1
-        special = {name: first + i for i, name in enumerate(SPECIALS)}
-        if first == 50_256:                         # GPT-2's own: its end of text is already the next id
-            special = {END: 50_256, PAD: 50_257, USER: 50_258, ASSISTANT: 50_259}
-        self.end, self.pad, self.user, self.assistant = special.values()
-        self.size, self.ranks, self.pattern = first + len(special), ranks, pattern
-        self.encoding = tiktoken.Encoding("instruct", pat_str=pattern, mergeable_ranks=ranks,
-                                          special_tokens=special)
+        first = max(ranks.values()) + 1             # in GPT-2 50,256, the end of a text to its weights
+        ids = {name: first + i for i, name in enumerate(SPECIALS)}
+        self.end, self.pad, self.user, self.assistant = ids.values()
+        self.size, self.ranks, self.pattern = first + len(ids), ranks, pattern
+        self.encoding = tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens=ids)
 
     def encode(self, text):
         """str -> list of ids. "<|user|>" in a text is characters like any others: nobody can forge a turn."""
@@ -101,19 +88,15 @@ class Tokenizer:
         try:
             encoding = tiktoken.get_encoding("gpt2")
         except Exception as error:                  # requests' errors, and tiktoken's own
-            raise UserError(
-                f"GPT-2's tokenizer could not be downloaded ({type(error).__name__}). With a network, run "
-                "TIKTOKEN_CACHE_DIR=x python -c \"import tiktoken; tiktoken.get_encoding('gpt2')\"; copy x "
-                "here, and set TIKTOKEN_CACHE_DIR to it. Or use --tokenizer bpe") from None
+            raise UserError(f"cannot download GPT-2's tokenizer ({type(error).__name__}). With a network run "
+                            "TIKTOKEN_CACHE_DIR=x python -c \"import tiktoken as t; t.get_encoding('gpt2')\""
+                            ", copy x here, set TIKTOKEN_CACHE_DIR to it. Or use --tokenizer bpe") from None
         return cls(encoding._mergeable_ranks, encoding._pat_str)
 
 
-# ------------------------------------------------------------------------ the prompt template
-
 def encode_prompt(tokenizer, instruction, input="", history=()):
-    """What the model reads before it answers -> ids. history: ((user, assistant), ...)"""
-    # <|user|> instruction, a blank line, input <|assistant|>; earlier turns stand before it, each ended by
-    # <|endoftext|> as the model's own answers are.
+    """<|user|> instruction, blank line, input <|assistant|> -> ids. history: ((user, assistant), ...)"""
+    # Earlier turns stand before it, each ended by <|endoftext|>, as the model's own answers are.
     ids = []
     for user, answer in history:
         ids += encode_prompt(tokenizer, user) + tokenizer.encode(answer) + [tokenizer.end]
@@ -128,8 +111,6 @@ def encode_example(tokenizer, instruction, input, output, history=()):
     response = [*tokenizer.encode(output), tokenizer.end]
     return prompt + response, [False] * len(prompt) + [True] * len(response)
 
-
-# ------------------------------------------------------------------------ files
 
 def read_text(path):
     """A file as text. UserError where it is missing, a folder, empty, or not UTF-8."""
@@ -154,7 +135,7 @@ def _records(path):
     """Each object of a JSON array or of JSONL -> (where it stands, itself, its instruction, its input)."""
     text = read_text(path)
     array = text.lstrip().startswith("[")
-    for line, part in [(1, text)] if array else enumerate(text.split("\n"), 1):
+    for line, part in enumerate([text] if array else text.split("\n"), 1):
         try:
             found = json.loads(part if array else f"[{part}]")
         except json.JSONDecodeError as error:
@@ -180,8 +161,7 @@ def _take(where, record, *keys, like="some text", default=None):
 
 
 def read_demonstrations(path):
-    """A JSON array or JSONL -> [(instruction, input, output)]."""
-    # UserError at the first record that lacks one, names its place, and says which keys would do.
+    """JSON array or JSONL -> [(instruction, input, output)]. UserError at the first record that lacks one."""
     found = [(instruction, input, _take(where, record, "output", "completion", "response"))
              for where, record, instruction, input in _records(path)]
     if not found:
@@ -190,11 +170,8 @@ def read_demonstrations(path):
 
 
 def read_comparisons(path):
-    """JSON array or JSONL -> ([(instruction, input, history, responses, ranks)], {why skipped: how many}).
-
-    Keys: responses and ranks (0 or 1 = best, equal = a tie), or chosen and rejected; with prompt, or with
-    instruction and perhaps input. What compares nothing (one answer, equal texts, ties only) is skipped.
-    """
+    """JSON array or JSONL -> ([(instruction, input, history, responses, ranks)], {why skipped: how many})."""
+    # Keys: instruction or prompt; input; chosen, rejected, or responses, ranks (lowest = best, equal = tie).
     found, skipped = [], Counter()
     for where, record, instruction, input in _records(path):
         if "chosen" in record or "rejected" in record:
@@ -217,13 +194,10 @@ def read_comparisons(path):
     return found, skipped
 
 
-# ------------------------------------------------------------------------ batches
-
 def pack(tokenizer, texts):
     """Many texts -> one array of ids, each text ended by <|endoftext|>."""
     small = np.uint16 if tokenizer.size <= 2 ** 16 else np.uint32
-    ids = [np.array([*ids, tokenizer.end], dtype=small) for ids in tokenizer.encode_many(texts)]
-    return np.concatenate(ids)
+    return np.concatenate([np.array([*ids, tokenizer.end], small) for ids in tokenizer.encode_many(texts)])
 
 
 def windows(ids, block_size, n, seed):
@@ -234,22 +208,17 @@ def windows(ids, block_size, n, seed):
 
 def collate(examples, pad):
     """[(ids, mask)] of any lengths -> (B,T): tokens, real (no pads), labels (what is to be learnt)."""
-    lengths = torch.tensor([len(ids) for ids, _ in examples])
     tokens = pad_sequence([torch.tensor(ids) for ids, _ in examples], batch_first=True, padding_value=pad)
     labels = pad_sequence([torch.tensor(mask, dtype=torch.bool) for _, mask in examples], batch_first=True)
-    return tokens, torch.arange(tokens.shape[1]) < lengths[:, None], labels
+    return tokens, torch.arange(tokens.shape[1]) < torch.tensor([[len(ids)] for ids, _ in examples]), labels
 
 
 def epoch_batches(lengths, batch_size, seed):
     """The order of one epoch, as index lists: every example once, each batch of about equal lengths."""
-    # Shuffled, cut into stretches of 16 batches, sorted by length within a stretch, and the batches shuffled:
-    # little padding, and no order that a model could learn.
-    r = random.Random(str(seed))
-    order = list(range(len(lengths)))
+    # Sorted by length only within stretches of 16 batches: little padding, no order that a model could learn.
+    r, order, stretch = random.Random(str(seed)), list(range(len(lengths))), 16 * batch_size
     r.shuffle(order)
-    batches = []
-    for i in range(0, len(order), 16 * batch_size):
-        stretch = sorted(order[i:i + 16 * batch_size], key=lengths.__getitem__)
-        batches += [stretch[j:j + batch_size] for j in range(0, len(stretch), batch_size)]
+    order = sorted(enumerate(order), key=lambda at: (at[0] // stretch, lengths[at[1]]))     # (place, example)
+    batches = [[i for _, i in order[j:j + batch_size]] for j in range(0, len(order), batch_size)]
     r.shuffle(batches)
     return batches

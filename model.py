@@ -1,11 +1,9 @@
-"""A GPT in one file: GPT-2's shape, a KV cache, and sampling from it.
-
-Pre-norm blocks, learned positions, tanh GELU, the unembedding tied to the embedding. Radford et al. 2019
-(GPT-2); the parameters carry the names under which GPT-2 is published.
+"""A GPT in one file: GPT-2 (Radford et al. 2019), with its published parameters' names; KV cache, sampling.
 
 Axes: B batch, T tokens (P of a prompt, R of a response), V vocabulary, C channels, H heads, D = C/H, L layers
 """
 import math
+from collections import OrderedDict
 from dataclasses import dataclass
 
 import torch
@@ -39,8 +37,7 @@ def by_hand_is_faster(q):
     # 11 ms against 25 without AMX, 10 against 19 with); and in decoding, one query a row against a cache,
     # from B = 16 on (B = 64: 7 % more tokens/s in fp32, 40 % in bf16). Elsewhere fused takes less memory.
     B, _, Tq, _ = q.shape
-    fast = B >= 16 if Tq == 1 else q.dtype == torch.bfloat16 and Tq <= 512
-    return fast and q.device.type == "cpu"
+    return q.device.type == "cpu" and (B >= 16 if Tq == 1 else q.dtype == torch.bfloat16 and Tq <= 512)
 
 
 class SelfAttention(nn.Module):
@@ -61,28 +58,19 @@ class SelfAttention(nn.Module):
         return self.dropout(self.c_proj(y.transpose(1, 2).flatten(2)))      # (B,T,C)
 
 
-class MLP(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(self, x):                                           # (B,T,C)
-        # GPT-2's weights were trained with the tanh form; erf shifts every logit (RECIPE A6).
-        x = F.gelu(self.c_fc(x), approximate="tanh")                # (B,T,4C)
-        return self.dropout(self.c_proj(x))
-
-
 class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd)
+        C = config.n_embd
+        self.ln_1 = nn.LayerNorm(C)
         self.attn = SelfAttention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd)
-        self.mlp = MLP(config)
+        self.ln_2 = nn.LayerNorm(C)
+        # GPT-2's weights were trained with the tanh form of GELU; erf shifts every logit (RECIPE A6).
+        self.mlp = nn.Sequential(OrderedDict(
+            c_fc=nn.Linear(C, 4 * C), gelu=nn.GELU(approximate="tanh"),                 # (B,T,4C)
+            c_proj=nn.Linear(4 * C, C), dropout=nn.Dropout(config.dropout)))            # (B,T,C)
 
-    def forward(self, x, mask, causal, cache, layer):
+    def forward(self, x, mask, causal, cache, layer):               # x (B,T,C)
         # Pre-norm: the stream x itself is never normalised, so gradients pass it unhindered.
         x = x + self.attn(self.ln_1(x), mask, causal, cache, layer)
         return x + self.mlp(self.ln_2(x))
@@ -105,8 +93,7 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
         if config.wave_std:
-            # Sinusoids (Vaswani et al. 2017, 3.5): "the token before" is then one linear map at all
-            # positions, so the first layer finds it, and copying from the context, much sooner.
+            # "The token before" is then one linear map everywhere: the first layer finds it much sooner.
             self.wpe.weight.data = config.wave_std * waves(config.block_size, config.n_embd)
 
     def num_params(self):
@@ -122,13 +109,12 @@ class GPT(nn.Module):
         return F.linear(x, self.wte.weight)
 
     def hidden(self, tokens, mask=None, *, positions=None, segments=None, cache=None):
-        """The trunk: tokens (B,T) int64 -> (B,T,C), normalised, ready for a head.
+        """The trunk: tokens (B,T) int64 -> (B,T,C), normalised, for a head. ValueError beyond block_size.
 
         mask (B,T): True at real tokens; pads, on either side, are seen by nobody, and come out as anything.
         positions (B,T): rows of wpe; by default the number of real tokens before, in the same segment.
         segments (B,T): a number per packed document; they do not see each other. Not with a cache.
         cache: a KVCache; `tokens` follow those that it holds, and `mask` covers both, (B,Tk).
-        ValueError where the context is longer than block_size.
         """
         T = tokens.shape[1]
         past = 0 if cache is None else cache.length
@@ -138,12 +124,9 @@ class GPT(nn.Module):
             raise ValueError(f"{context} tokens do not fit block_size {self.config.block_size}")
         if positions is None:
             positions = token_positions(past + T, mask, segments, tokens.device)[:, past:]
-
-        causal, allowed = mask is None and segments is None, None
-        if not causal:                  # a mask tensor is needed, (B,1,T,Tk): one for all layers
-            allowed = join(causal_mask(T, past + T, tokens.device) if T > 1 else None,
-                           padding_mask(mask), segment_mask(segments))
-
+        causal = mask is None and segments is None      # else a mask tensor, (B,1,T,Tk): one for all layers
+        allowed = None if causal else join(causal_mask(T, past + T, tokens.device) if T > 1 else None,
+                                           padding_mask(mask), segment_mask(segments))
         x = self.drop(self.wte(tokens) + self.wpe(positions))       # (B,T,C)
         for layer, block in enumerate(self.h):
             x = block(x, allowed, causal, cache, layer)
@@ -153,16 +136,14 @@ class GPT(nn.Module):
 
 
 def waves(T, C):
-    """(T,C): sines and cosines of the position, at wavelengths from 2π to 20,000π."""
+    """(T,C): sines and cosines of the position, wavelengths 2π to 20,000π. Vaswani et al. 2017, 3.5"""
     angles = torch.arange(T)[:, None] * 10_000 ** (-torch.arange(0, C, 2) / C)      # (T, ceil(C/2))
     return torch.cat([angles.sin(), angles.cos()], dim=1)[:, :C]
 
 
 def token_positions(T, mask, segments, device):
     """(B,T), or (1,T) where all rows agree: how many real tokens of its segment precede a token."""
-    before = torch.arange(T, device=device)[None]
-    if mask is not None:
-        before = mask.long().cumsum(1) - mask.long()                # (B,T) real tokens before
+    before = torch.arange(T, device=device)[None] if mask is None else mask.long().cumsum(1) - mask.long()
     if segments is None:
         return before
     starts = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0))     # (B,T) True where one begins
@@ -171,9 +152,8 @@ def token_positions(T, mask, segments, device):
 
 def decay_groups(model, weight_decay):
     """Optimiser groups: matrices and embeddings decay, norms and biases do not (RECIPE A8)."""
-    params = list(model.parameters())                               # a shared tensor comes once
-    return [{"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
-            {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
+    return [{"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}]
 
 
 def token_logprobs(logits, tokens):
@@ -184,19 +164,14 @@ def token_logprobs(logits, tokens):
 
 
 class KVCache:
-    """The keys and values of all tokens so far, so that a new token costs one token's work.
-
-    One buffer, allocated once, (L,B,H,capacity,D) for each of k and v, in the dtype that the model computes
-    in (autocast included). For inference: gradients do not go through it.
-    """
+    """The keys and values of all tokens so far: a new token costs one token's work. Not for gradients."""
 
     def __init__(self, gpt, batch, capacity):
         c, weight = gpt.config, gpt.wte.weight
-        device, dtype = weight.device, weight.dtype
-        if torch.is_autocast_enabled(device.type):
-            dtype = torch.get_autocast_dtype(device.type)
-        shape = (c.n_layer, batch, c.n_head, capacity, c.n_embd // c.n_head)
-        self.k, self.v = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
+        autocast = torch.is_autocast_enabled(weight.device.type)
+        dtype = torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
+        shape = c.n_layer, batch, c.n_head, capacity, c.n_embd // c.n_head          # (L,B,H,capacity,D)
+        self.k, self.v = (torch.empty(shape, dtype=dtype, device=weight.device) for _ in range(2))
         self.length = 0                                             # tokens held by every row
 
     def append(self, layer, k, v):
@@ -223,14 +198,13 @@ class Generation:
 
 def generate(gpt, prompts, max_new_tokens, *, temperature=1.0, top_k=0, top_p=1.0, eos=None, generator=None,
              on_token=None):
-    """Continue every prompt (a list of ids, any lengths) by at most max_new_tokens -> Generation.
+    """Continue prompts (lists of ids, any lengths) by at most max_new_tokens -> Generation, or ValueError.
 
     temperature 0 is greedy. top_k > 0 keeps the k likeliest tokens, top_p < 1 then the fewest of these that
     hold so much probability. A response ends with `eos`, or where it and its prompt fill block_size. The
     log-probs are of what was drawn from: after temperature, top_k and top_p (RECIPE O2; greedy: zeros).
     generator: same seed, same result; a row's random numbers do not depend on the other rows' ends.
     on_token: called at each step with the B new ids, None where a response has ended.
-    ValueError on an empty or too long prompt.
     """
     sizes, block_size = [len(p) for p in prompts], gpt.config.block_size
     if not prompts or min(sizes) == 0:
@@ -281,10 +255,8 @@ def decode(gpt, prompts, uniform, how, eos, on_token):
         if on_token is not None:
             heard = dict(zip(rows[alive].tolist(), token[alive].tolist()))
             on_token([heard.get(row) for row in range(B)])
-
-        alive = alive & (pads > T + 1 - block_size)     # prompt and response fill the context
-        if eos is not None:
-            alive = alive & (token != eos)
+        # An answer ends with eos (no id is -1), or where it and its prompt fill the context.
+        alive = alive & (token != (-1 if eos is None else eos)) & (pads > T + 1 - block_size)
         left = int(alive.sum())
         if left == 0:
             break
@@ -317,5 +289,4 @@ def sample(logits, uniform, temperature, top_k, top_p):
     # below the total, so there always is one.
     token = torch.searchsorted(cumulated, uniform[:, None] * total, right=True)     # (B,1)
     logprob = (probs.gather(-1, token) / total).log().squeeze(-1)
-    token = token if order is None else order.gather(-1, token)
-    return token.squeeze(-1), logprob
+    return (token if order is None else order.gather(-1, token)).squeeze(-1), logprob

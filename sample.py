@@ -6,6 +6,7 @@
     python sample.py --compare
     python sample.py --chat
 """
+import contextlib
 import sys
 
 import data
@@ -20,12 +21,12 @@ SHOWN = (*((prompt, "") for prompt in world.SHOWN),     # and a question that it
          ("What is Nick's job? Use only the text.", "Nick likes grapes. Nick has a heavy frog."))
 
 
-def answers(model, tokenizer, prompt, n, config, cast, on_token=None):
-    """n answers to one encoded prompt -> list of str."""
+def answers(model, tokenizer, prompt, n, config, cast, turn=0, **options):
+    """n answers to one encoded prompt -> list of str. Each turn of a chat has a seed of its own."""
     if len(prompt) >= model.config.block_size:
         raise UserError(f"the prompt has {len(prompt)} tokens, the context only {model.config.block_size}")
     found = training.respond(model, tokenizer, [prompt] * n, config.max_new_tokens, config.temperature,
-                             config.seed, cast, top_k=config.top_k, top_p=config.top_p, on_token=on_token)
+                             config.seed + turn, cast, top_k=config.top_k, top_p=config.top_p, **options)
     return [answer.text for answer in found]
 
 
@@ -44,55 +45,43 @@ def execute(answer, stdin):
 
 class Stream:
     """Prints an answer while it is made; a character whose bytes are not all there yet waits for them."""
-
     def __init__(self, tokenizer):
         self.tokenizer, self.ids, self.shown = tokenizer, [], ""
 
     def __call__(self, new):
         self.ids += [i for i in new if i is not None]
-        text = self.tokenizer.decode(self.ids).rstrip("\ufffd")
-        print(text[len(self.shown):], end="", flush=True)
-        self.shown = text
+        before, self.shown = self.shown, self.tokenizer.decode(self.ids).rstrip("\ufffd")
+        print(self.shown[len(before):], end="", flush=True)
 
 
 def chat(model, tokenizer, config, cast):
     """Turn by turn, until an empty line or Ctrl-D. Ctrl-C stops the answer, not the program."""
     say("Chat. An empty line ends it; Ctrl-C stops an answer.")
-    history = []
-    while True:
-        try:
-            question = input("you> ").strip()
-        except (EOFError, KeyboardInterrupt):
-            question = ""
-        if not question:
-            say("bye")
-            return
-        room = model.config.block_size // 2     # where there is none for an answer, the oldest turn goes
-        while len(prompt := data.encode_prompt(tokenizer, question, "", history)) > room and history:
-            history.pop(0)
-        stream = Stream(tokenizer)
-        print("model> ", end="", flush=True)
-        try:
-            answers(model, tokenizer, prompt, 1, config, cast, stream)
-        except KeyboardInterrupt:
-            print(" [stopped]", end="")
-        except UserError as error:
-            print(f"[{error}]", end="")
-        print()
-        history.append((question, stream.shown))
+    history, room = [], model.config.block_size // 2
+    with contextlib.suppress(EOFError, KeyboardInterrupt):
+        for turn, question in enumerate(iter(lambda: input("you> ").strip(), "")):
+            while len(prompt := data.encode_prompt(tokenizer, question, "", history)) > room and history:
+                history.pop(0)                      # the oldest turn goes: an answer needs room
+            stream = Stream(tokenizer)
+            print("model> ", end="", flush=True)
+            try:
+                answers(model, tokenizer, prompt, 1, config, cast, turn, on_token=stream)
+            except (KeyboardInterrupt, UserError) as why:
+                print(f" [{str(why) or 'stopped'}]", end="")
+            print()
+            history.append((question, stream.shown))
+    say("bye")
 
 
 def main():
     config, _ = parse("sample", description=__doc__)
     training.set_up_cpu(config.threads)
     folder, device = training.run_path(config), training.pick_device(config.device)
-    dtype, _ = training.pick_dtype("fp32" if config.dtype == "auto" else config.dtype, device)
-    cast = training.autocast(device, dtype)
+    cast = training.autocast(device, training.pick_dtype(config.dtype.replace("auto", "fp32"), device)[0])
     stages = [stage for stage in STAGES if training.finished(folder, stage)]
     if not stages:
         raise UserError(f"{folder} holds no model yet. Train one first: python sft.py --config tiny")
-    if not config.compare:
-        stages = [config.stage or stages[-1]]
+    stages = stages if config.compare else [config.stage or stages[-1]]
     models = {stage: training.load_model(folder, stage, device) for stage in stages}
     for stage, (model, tokenizer, _) in models.items():
         say(f"{folder / stage}.pt, {model.num_params():,} parameters, temperature {config.temperature:g}, "
@@ -102,21 +91,17 @@ def main():
     questions = [(config.prompt, config.input)] if config.prompt else SHOWN if config.compare else []
     if not questions:
         raise UserError("nothing to answer: --prompt \"...\" asks once, --chat begins a conversation")
-    # what is piped into sample.py is the input of every program that it runs
-    piped = sys.stdin.read() if config.execute and not sys.stdin.isatty() else ""
-    for question in questions:
-        for stage, (model, tokenizer, _) in models.items():
-            text = " ".join(question).strip()
-            prompt = data.encode_prompt(tokenizer, *question)
-            if stage == "base":                 # a base knows no turns: it continues the text
-                prompt = [tokenizer.end] + tokenizer.encode(text)
-            if config.compare:
-                say(f"\n=== {stage}: {text}")
-            found = answers(model, tokenizer, prompt, config.num_samples, config, cast)
-            for i, answer in enumerate(found, 1):
-                say(f"[{i}] {answer}" if config.num_samples > 1 else answer)
-                if config.execute:
-                    execute(answer, piped)
+    piped = sys.stdin.read() if config.execute and not sys.stdin.isatty() else ""   # for all that it runs
+    for stage, question in ((stage, question) for question in questions for stage in stages):
+        (model, tokenizer, _), text = models[stage], " ".join(question).strip()
+        prompt = (data.encode_prompt(tokenizer, *question) if stage != "base" else
+                  [tokenizer.end] + tokenizer.encode(text))     # a base knows no turns: it continues the text
+        if config.compare:
+            say(f"\n=== {stage}: {text}")
+        for i, answer in enumerate(answers(model, tokenizer, prompt, config.num_samples, config, cast), 1):
+            say(f"[{i}] {answer}" if config.num_samples > 1 else answer)
+            if config.execute:
+                execute(answer, piped)
 
 
 if __name__ == "__main__":

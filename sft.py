@@ -5,22 +5,18 @@
     python sft.py --config tiny --data mine.json          fine-tune on your own demonstrations
 
 Both minimise the same next-token loss. In step 0 every token is a target; in step 1 only the response is.
-
 Where this deviates from InstructGPT (Ouyang et al. 2022):
  1. The paper has two SFT models: a baseline of 16 epochs picked by reward (C.1), and for PPO one of 2 epochs
     with 10 % pretraining data mixed in (C.3). Ours is the second one, in every role.
  2. The paper does not say whether the prompt is learnt too. Here only the response is.
  3. Weight decay 0.1 and a short warm-up; the paper's learning rates belong to models 1,000 times larger.
  4. The base is pretrained here, in minutes, on documents made from a seed; the paper starts from GPT-3.
- 5. Step 0 begins with recitals (lists read out again) in short windows. A model of this size finds out how
-    to copy from its context in 400 steps of that; without it, it had not after 1,800 of twice the size. For
-    the same reason the matrices are trained by Muon, not Adam (`training.muon_and_adamw`).
-
-Axes: B batch, T tokens, V vocabulary.
-"""
+ 5. Step 0 begins with recitals (lists read out again), and Muon trains the matrices: so it learns to copy
+    from its context in 400 steps. Without recitals it had not after 1,800 of twice the size.
+Axes: B batch, T tokens, V vocabulary."""
 import time
 from dataclasses import asdict
-from itertools import islice
+from itertools import islice, repeat
 
 import numpy as np
 import torch
@@ -34,10 +30,8 @@ from training import say
 
 def next_token_loss(logits, targets, mask, reduction="mean"):
     """- mean over the unmasked targets of log π(y_t | y_<t); uniform logits give ln V.
-
     logits (B,T,V), targets (B,T), mask (B,T), all already shifted: logits[:, t] predicts targets[:, t].
-    reduction "sum": for accumulation; divide by the targets of the WHOLE optimiser step (RECIPE P2).
-    """
+    reduction "sum": for accumulation; divide by the targets of the WHOLE optimiser step (RECIPE P2)."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
     total = (losses * mask.flatten()).sum()
@@ -45,16 +39,13 @@ def next_token_loss(logits, targets, mask, reduction="mean"):
 
 
 def batch_loss(model, tokens, real, labels, cast):
-    """Σ of next_token_loss over the labelled tokens of one batch (B,T); real None: there are no pads.
-
-    Only what is learnt is unembedded: the logits are a third of a step's work.
-    """
+    """Σ of next_token_loss over the labelled tokens of one batch (B,T); real None: there are no pads."""
     device = next(model.parameters()).device
     tokens, real, labels = (x if x is None else x.to(device) for x in (tokens, real, labels))
     targets, wanted = tokens[:, 1:], labels[:, 1:]
     with cast:
         x = model.hidden(tokens[:, :-1], None if real is None else real[:, :-1])
-        if not wanted.all():
+        if not wanted.all():        # only what is learnt is unembedded: the logits are a third of the work
             x, targets = x[wanted][None], targets[wanted][None]
         logits = model.unembed(x)
     return next_token_loss(logits, targets, torch.ones_like(targets), "sum")
@@ -80,7 +71,6 @@ def accumulate(model, batches, cast, weight=1.0):
 
 
 # ------------------------------------------------------------------------ what is learnt from
-
 def make_tokenizer(config, folder, own):
     """The run's tokenizer: the one it has, GPT-2's, or one trained on a sample of what will be read."""
     path = folder / "tokenizer.json"
@@ -88,13 +78,13 @@ def make_tokenizer(config, folder, own):
         return data.Tokenizer.load(path)
     if config.tokenizer == "gpt2":
         tokenizer = data.Tokenizer.gpt2()
-    else:
+    else:       # said first: it takes seconds
+        say(f"tokenizer: up to {config.vocab_size} tokens by byte-pair encoding")
         texts = [own[:4_000_000]] if isinstance(own, str) else [
             *islice(world.documents(config.seed), 2000), *islice(world.recitals(config.seed), 1000),
             *(f"{task.prompt}\n{answer}" for task, answer in world.demonstrations(6000, seed=config.seed)),
             *("\n".join(parts) for parts in own or ())]
         tokenizer = data.Tokenizer(data.train_bpe(texts, config.vocab_size - len(data.SPECIALS)))
-        say(f"tokenizer: {tokenizer.size} tokens by byte-pair encoding")
     tokenizer.save(path)
     return tokenizer
 
@@ -129,31 +119,26 @@ def plain_text(tokens):
 
 def held_out_windows(ids, block_size, n=32):
     """The same windows of a held-out text at every evaluation, in batches."""
-    tokens = data.windows(ids, min(block_size, len(ids) - 1), n, seed=0)
-    return [plain_text(part) for part in tokens.split(16)]
+    return [plain_text(x) for x in data.windows(ids, min(block_size, len(ids) - 1), n, seed=0).split(16)]
 
 
 def make_examples(config, tokenizer, own):
-    """Step 1's examples -> (train, val), lists of (ids, mask); what is longer than the context is dropped."""
-    if own:     # every twentieth of the user's demonstrations is held out
-        sides = {"train": [d for i, d in enumerate(own) if i % 20], "val": own[::20]}
-    else:
-        sides = {side: [(t.instruction, t.input, answer, t.history)
-                        for t, answer in world.demonstrations(n, side, config.seed)]
-                 for side, n in (("train", config.demonstrations), ("val", 400))}
-    for side, demonstrations in sides.items():
-        examples = [data.encode_example(tokenizer, *d) for d in demonstrations]
-        sides[side] = [e for e in examples if len(e[0]) <= config.block_size]
-        if not sides[side]:
+    """Step 1's (train, val), lists of (ids, mask), without what is too long; of your own 1 in 20 is val."""
+    fitting, mine = [], own and {"train": [d for i, d in enumerate(own) if i % 20], "val": own[::20]}
+    for side, n in (("train", config.demonstrations), ("val", 400)):
+        written = mine[side] if own else [(t.instruction, t.input, answer, t.history)
+                                          for t, answer in world.demonstrations(n, side, config.seed)]
+        examples = [data.encode_example(tokenizer, *d) for d in written]
+        fitting.append([e for e in examples if len(e[0]) <= config.block_size])
+        if not fitting[-1]:
             raise UserError(f"{config.data}: two demonstrations must fit --block-size {config.block_size}")
-        if len(sides[side]) < len(examples):
-            say(f"  {len(examples) - len(sides[side])} of {len(examples)} {side} demonstrations are longer "
-                f"than {config.block_size} tokens and were dropped (a larger --block-size keeps them)")
-    return sides["train"], sides["val"]
+        if dropped := len(examples) - len(fitting[-1]):
+            say(f"  {dropped} of {len(examples)} {side} demonstrations are longer than {config.block_size} "
+                "tokens and were dropped (a larger --block-size keeps them)")
+    return fitting
 
 
 # ------------------------------------------------------------------------ the two steps
-
 def curriculum(config, step, corpus):
     """What step 0 reads at this step, in windows of T tokens -> (array of ids, T). Short before long."""
     if step < config.recital_steps and "recitals" in corpus:
@@ -168,8 +153,7 @@ def learn(config, folder, name, model, steps, warmup, rates, batch, check, cast,
     stage = training.Stage(folder, name, config, steps, model=model, adamw=adamw, muon=muon)
     for step in stage:
         lr = training.set_lr(both, training.cosine(step, steps, warmup))
-        micro = [[None] * config.accumulate if x is None else x.chunk(config.accumulate) for x in batch(step)]
-        micro = list(zip(*micro))               # [(tokens, real, labels)]
+        micro = [*zip(*(repeat(None) if x is None else x.chunk(config.accumulate) for x in batch(step)))]
         loss = accumulate(model, micro, cast)
         metrics = dict(loss=loss, norm=stage.update(both, loss, config.clip), lr=lr)
         if (step + 1) % config.eval_every == 0 or step + 1 == steps:
@@ -186,7 +170,6 @@ def pretrain(config, folder, model, corpus, held_out, cast):
     def batch(step):
         text, T = curriculum(config, step, corpus)
         return plain_text(data.windows(text, T, max(1, config.pretrain_batch // T), [config.seed, step]))
-
     def check(step):
         _, T = curriculum(config, step, corpus)
         return {name: held_out_loss(model, held_out_windows(ids, T), cast) for name, ids in held_out.items()}
@@ -204,16 +187,13 @@ def finetune(config, folder, model, tokenizer, train, val, corpus, ask, cast):
     prompts = [data.encode_prompt(tokenizer, *question) for question in ask]
     for dropout in (m for m in model.modules() if isinstance(m, torch.nn.Dropout)):
         dropout.p = config.sft_dropout
-
     def batch(step):
-        demonstrations = data.collate([train[i] for i in order[step]], tokenizer.pad)
-        B, T = demonstrations[0].shape
-        n = round(B * config.ptx_share / (1 - config.ptx_share))
-        if not n:
-            return demonstrations
-        text, _, every = plain_text(data.windows(corpus["documents"], T - 1, n, [config.seed, step, 1]))
-        return [torch.cat(pair) for pair in zip(demonstrations, (text, every, every))]
-
+        rows = data.collate([train[i] for i in order[step]], tokenizer.pad)
+        B, T = rows[0].shape
+        if n := round(B * config.ptx_share / (1 - config.ptx_share)):
+            text, _, every = plain_text(data.windows(corpus["documents"], T - 1, n, [config.seed, step, 1]))
+            rows = [torch.cat(pair) for pair in zip(rows, (text, every, every))]
+        return rows
     def check(step):
         for question, answer in zip(ask, training.respond(model, tokenizer, prompts, 80, 0, 0, cast)):
             say("    " + " ".join(question).strip().replace("\n", " / ")[:90])
@@ -224,8 +204,7 @@ def finetune(config, folder, model, tokenizer, train, val, corpus, ask, cast):
 
 
 def main():
-    config, origin = parse("sft", description=__doc__)
-    started = time.perf_counter()
+    started, (config, origin) = time.perf_counter(), parse("sft", description=__doc__)
     folder, device, cast = training.begin("sft", config, origin)
     read = data.read_demonstrations if data.is_demonstrations(config.data) else data.read_text
     own = read(config.data) if config.data else None
@@ -245,7 +224,8 @@ def main():
         say(f"step 1: fine-tune on {len(train):,} demonstrations, {config.epochs} times")
         finetune(config, folder, model, tokenizer, train, val, corpus, ask, cast)
     say(f"done in {training.clock(time.perf_counter() - started)}. Next:\n  python sample.py --out {folder} "
-        "--prompt \"...\"" + ("" if isinstance(own, str) else f"\n  python reward.py --out {folder}"))
+        "--prompt \"...\"" + ("" if isinstance(own, str) else f"\n  python reward.py --out {folder}"
+                            f"\n  python evaluate.py --out {folder}"))
 
 
 if __name__ == "__main__":

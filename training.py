@@ -2,11 +2,8 @@
 
 A run is a folder. Each stage of it (base, sft, ...) leaves <stage>.pt (weights), <stage>.json (config, time)
 and <stage>.jsonl (an object a step); while it trains, <stage>.state holds all that is needed to go on.
-
-Resume is exact because a step depends on nothing but the weights, the optimiser and (seed, stage, step): all
-random numbers are seeded anew at each step, and the loop asks for its batch by the step's number. A run that
-was killed ends with the very weights of one that was not (same machine, same number of threads).
-"""
+Resume is exact (same machine, same number of threads), because a step depends on nothing but the weights, the
+optimiser and (seed, stage, step): all random numbers are seeded anew, and a batch follows from its number."""
 import contextlib
 import ctypes
 import json
@@ -18,6 +15,7 @@ import timeit
 import zlib
 from collections import namedtuple
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
 
@@ -27,6 +25,10 @@ import torch
 from config import UserError, show
 from data import Tokenizer
 from model import GPT, GPTConfig, decay_groups, generate
+
+Answer = namedtuple("Answer", "ids text ended")     # ended: by itself, not by the limit or the context
+adamw = partial(torch.optim.AdamW, betas=(0.9, 0.95), eps=1e-8, fused=True)     # GPT-3's and InstructGPT's β
+_shown = -99.0                                      # when `progress` last printed a line
 
 
 def pick_device(name):
@@ -41,12 +43,11 @@ def pick_device(name):
 
 def pick_dtype(name, device):
     """"auto", "fp32" or "bf16" -> (torch.dtype, why). auto: bf16 where its products are 1.5 times as fast."""
-    if name != "auto" or device.type == "mps":
-        return torch.bfloat16 if name == "bf16" else torch.float32, "mps" if name == "auto" else "as asked"
-
     def speed(dtype):                           # GFLOP/s of a product of this model family's size
         a, b = (torch.randn(shape, device=device, dtype=dtype) for shape in ((1024, 256), (256, 1024)))
         return 2 * 1024 * 256 * 1024e-9 / min(timeit.repeat(lambda: (a @ b).sum().item(), number=1, repeat=8))
+    if name != "auto" or device.type == "mps":
+        return torch.bfloat16 if name == "bf16" else torch.float32, "mps" if name == "auto" else "as asked"
     fp32, bf16 = speed(torch.float32), speed(torch.bfloat16)
     chosen = torch.bfloat16 if bf16 > 1.5 * fp32 else torch.float32
     return chosen, f"probe: fp32 {fp32:.0f}, bf16 {bf16:.0f} GFLOP/s"
@@ -59,9 +60,8 @@ def set_up_cpu(n):
     # glibc is to keep freed memory: each step allocates the same large tensors, and to fetch and zero their
     # pages anew costs as much as a third of it (`tiny`, bf16, two cores: 26.6k tokens/s, and 42.0k so).
     with contextlib.suppress(OSError, AttributeError):              # macOS and musl have no mallopt
-        libc, M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = ctypes.CDLL(None), -1, -3
-        libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
-        libc.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
+        for option, size in ((-3, 1 << 30), (-1, (1 << 31) - 1)):   # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+            ctypes.CDLL(None).mallopt(option, size)
     return torch.get_num_threads()
 
 
@@ -94,33 +94,22 @@ def set_lr(optimizers, fraction):
     return optimizers[0].param_groups[0]["lr"]
 
 
-def adamw(groups, lr):
-    """AdamW with the moments of GPT-3 and InstructGPT, β = (0.9, 0.95)."""
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
-
-
 def muon_and_adamw(model, matrix_lr, lr, weight_decay):
     """AdamW for embeddings, norms and biases, Muon (Jordan 2024) for the blocks' matrices -> [adamw, muon].
-
     Muon steps by (about) the nearest orthogonal matrix to the momentum: a rare direction learns as fast as a
-    common one. Random lists of 128 words, repeated, are copied after 250 steps, by AdamW not after 400.
-    """
+    common one. Random lists of 128 words, repeated, are copied after 250 steps, by AdamW not after 400."""
     matrices = [p for name, p in model.named_parameters() if "h." in name and p.dim() == 2]
     groups = decay_groups(model, weight_decay)                      # the matrices are in the first of them
     groups[0]["params"] = [p for p in groups[0]["params"] if all(p is not matrix for matrix in matrices)]
     muon = torch.optim.Muon(matrices, lr=matrix_lr, momentum=0.95, weight_decay=weight_decay, ns_steps=3)
-    return [adamw(groups, lr), muon]
+    return [adamw(groups, lr=lr), muon]
 
 
-# ------------------------------------------------------------------------ files
-
+# ------------------------------------------------------------------------ files, and what the user sees
 def save_atomically(value, path):
     """Write beside, then rename: whenever the power goes, the file is whole, the old one or the new one.
-
-    By the name's ending: .json, .jsonl (a list of rows), .npy (one array), or whatever torch.save takes.
-    """
-    path = Path(path)
-    beside = path.with_name(path.name + ".tmp")
+    By the name's ending: .json, .jsonl (a list of rows), .npy (one array), or whatever torch.save takes."""
+    path, beside = Path(path), Path(f"{path}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(beside, "wb") as file:
@@ -163,23 +152,16 @@ def run_folder(config):
     return folder
 
 
-# ------------------------------------------------------------------------ what the user sees
-
-_shown = -99.0              # when a line of progress was last printed
-
-
-def say(text=""):
+def say(text, end="\n"):
     """One line that stays."""
-    print("\r\x1b[K" + text if sys.stdout.isatty() else text, flush=True)
+    print("\r\x1b[K" * sys.stdout.isatty() + text, end=end, flush=True)
 
 
 def progress(text, always=False):
     """One line that the next one replaces; in a file, a line like others now and then."""
     global _shown
-    if sys.stdout.isatty():
-        print("\r\x1b[K" + text, end="", flush=True)
-    elif always or time.perf_counter() - _shown > 10:
-        print(text, flush=True)
+    if (terminal := sys.stdout.isatty()) or always or time.perf_counter() - _shown > 10:
+        say(text, end="" if terminal else "\n")
         _shown = time.perf_counter()
 
 
@@ -205,23 +187,15 @@ def command(main):
 
 
 # ------------------------------------------------------------------------ a stage, and the model it leaves
-
 def seed_of(*parts):
     """A seed from (seed, stage, step, ...): the same in every process."""
     return zlib.crc32(" ".join(map(str, parts)).encode())
 
 
 class Stage:
-    """The files, the step numbers and the progress line of one stage. The loop itself stays in the script:
-
-        stage = Stage(folder, "base", config, steps, model=model, optimizer=optimizer)
-        for step in stage:                  # goes on where an interrupted run stopped
-            ...
-            stage.log(tokens=n, loss=loss)  # one object in base.jsonl
-        stage.finish(model.state_dict())    # base.pt, base.json
-
-    parts: whatever has a state_dict and changes from step to step. history: the rows of all steps so far.
-    """
+    """The files, the step numbers and the progress line of one stage; the loop itself stays in the script.
+    `for step in stage` goes on where an interrupted run stopped; in it stage.log(...), after it stage.finish.
+    parts: whatever has a state_dict and changes from step to step. history: the rows of all steps so far."""
     SAVE_EVERY = 15.0                       # seconds between two states; one costs milliseconds at `tiny`
 
     def __init__(self, folder, name, config, steps, **parts):
@@ -229,14 +203,12 @@ class Stage:
         self.path, self.state_path = f"{folder}/{name}", Path(f"{folder}/{name}.state")
         self.began = self.saved = time.perf_counter()
         self.step, self.tokens, self.history = 0, 0, []
-        # what must agree for a run to go on with its result unchanged
-        self.fixed = {k: v for k, v in asdict(config).items() if k not in ("resume", "fresh", "out")}
+        self.pinned = {k: v for k, v in asdict(config).items() if k not in ("resume", "fresh", "out")}
         if config.fresh:
             self.state_path.unlink(missing_ok=True)
         if self.state_path.exists():
             state = load(self.state_path)
-            changed = [key for key, value in self.fixed.items() if state["config"].get(key) != value]
-            if changed:
+            if changed := [k for k, v in self.pinned.items() if state["config"].get(k) != v]:
                 raise UserError(f"{self.state_path}: interrupted with another {', '.join(changed)}. "
                                 "Go on with the same values, or begin anew with --fresh")
             for part in parts:
@@ -259,7 +231,7 @@ class Stage:
         save_atomically(self.history, f"{self.path}.jsonl")
         parts = {name: part.state_dict() for name, part in self.parts.items()}
         save_atomically({"parts": parts, "step": self.step, "tokens": self.tokens, "history": self.history,
-                         "seconds": time.perf_counter() - self.began, "config": self.fixed}, self.state_path)
+                         "seconds": time.perf_counter() - self.began, "config": self.pinned}, self.state_path)
         self.saved = time.perf_counter()
 
     def update(self, optimizers, loss, clip):
@@ -280,12 +252,10 @@ class Stage:
         self.tokens += tokens
         self.history.append({"step": self.step + 1, **metrics})
         done, spent = self.step + 1, time.perf_counter() - self.began
-        found = "  ".join(f"{name} {metrics[name]:.3f}" for name in shown or metrics
-                          if name in metrics and name != "lr")
-        memory = getrusage(RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
+        found = "  ".join(f"{k} {metrics[k]:.3f}" for k in shown or metrics if k in metrics and k != "lr")
+        peak = getrusage(RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
         progress(f"  {self.name} {done}/{self.steps}  {found}  {self.tokens / spent:,.0f} tokens/s  "
-                 f"{memory:.2f} GB  {clock(spent / done * (self.steps - done))} left",
-                 always=done in (1, self.steps))
+                 f"{peak:.2f} GB  {clock(spent / done * (self.steps - done))} left", done in (1, self.steps))
 
     def finish(self, weights, **facts):
         """<stage>.pt with the weights, <stage>.json with the facts; then the state has served."""
@@ -293,16 +263,16 @@ class Stage:
         save_atomically(weights, f"{self.path}.pt")
         facts |= {"steps": self.steps, "seconds": round(time.perf_counter() - self.began, 1),
                   "versions": {"python": sys.version.split()[0], "torch": torch.__version__}}
-        save_atomically({"config": asdict(self.config), **facts}, f"{self.path}.json")
+        save_atomically({"config": asdict(self.config)} | facts, f"{self.path}.json")
         self.state_path.unlink(missing_ok=True)
 
 
 def build(config, vocab_size):
     """A fresh GPT of the config's shape, its weights drawn from the config's seed."""
     torch.manual_seed(seed_of(config.seed, "init"))
+    names = ("block_size", "n_layer", "n_head", "n_embd", "init_std", "wave_std")
     flash = {"auto": None, "yes": True, "no": False}[config.flash]
-    return GPT(GPTConfig(vocab_size, config.block_size, config.n_layer, config.n_head, config.n_embd,
-                         flash=flash, init_std=config.init_std, wave_std=config.wave_std))
+    return GPT(GPTConfig(vocab_size, flash=flash, **{name: getattr(config, name) for name in names}))
 
 
 def finished(folder, stage):
@@ -312,28 +282,27 @@ def finished(folder, stage):
 
 def load_model(folder, stage, device="cpu"):
     """The model of a finished stage -> (GPT, Tokenizer, what <stage>.json says)."""
-    folder = Path(folder)
+    folder, script = Path(folder), stage.partition("_")[0].replace("base", "sft")
     if not finished(folder, stage):
-        script = stage.partition("_")[0].replace("base", "sft")
         raise UserError(f"{folder} has no finished {stage}. Make it first: python {script}.py")
-    facts = json.loads((folder / f"{stage}.json").read_text(encoding="utf8"))
-    model = GPT(GPTConfig(**facts["model"])).to(device)
-    model.load_state_dict(load(folder / f"{stage}.pt", device))
-    return model, Tokenizer.load(folder / "tokenizer.json"), facts
-
-
-Answer = namedtuple("Answer", "ids text ended")      # ended: by itself, not by the limit or the context
+    try:
+        facts = json.loads((folder / f"{stage}.json").read_text(encoding="utf8"))
+        model = GPT(GPTConfig(**facts["model"]))
+        model.load_state_dict(load(folder / f"{stage}.pt"))
+    except (ValueError, LookupError, TypeError, ArithmeticError, RuntimeError):
+        raise UserError(f"{folder / stage}.json is damaged. Remove it, then: python {script}.py") from None
+    return model.to(device), Tokenizer.load(folder / "tokenizer.json"), facts
 
 
 def respond(model, tokenizer, prompts, max_new_tokens, temperature, seed, cast, batch_size=256, **options):
     """One Answer to each prompt, short ones first: little padding. options: others of model.generate."""
     first = 1 - model.config.block_size         # what is longer than the context loses its beginning
     generator = torch.Generator(model.wte.weight.device).manual_seed(seed)
-    order, found = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), {}
-    for part in (order[start:start + batch_size] for start in range(0, len(order), batch_size)):
+    order, found = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), []
+    for start in range(0, len(order), batch_size):
+        part = [prompts[i][first:] for i in order[start:start + batch_size]]
         with cast:
-            drawn = generate(model, [prompts[i][first:] for i in part], max_new_tokens, eos=tokenizer.end,
-                             temperature=temperature, generator=generator, **options)
-        for i, ids in zip(part, drawn.responses):
-            found[i] = Answer(ids, tokenizer.decode(ids), ids[-1:] == [tokenizer.end])
-    return [found[i] for i in range(len(prompts))]
+            drawn = generate(model, part, max_new_tokens, eos=tokenizer.end, temperature=temperature,
+                             generator=generator, **options)
+        found += [Answer(ids, tokenizer.decode(ids), ids[-1:] == [tokenizer.end]) for ids in drawn.responses]
+    return [answer for _, answer in sorted(zip(order, found))]

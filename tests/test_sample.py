@@ -2,6 +2,7 @@
 import contextlib
 
 import pytest
+import torch
 
 import data
 import sample
@@ -134,6 +135,19 @@ def talk(monkeypatch, capsys, folder, questions, answers=None, **changes):
     monkeypatch.setattr(training, "generate", recording)
     sample.chat(model, tokenizer, SampleConfig(**{"max_new_tokens": 5, **changes}), contextlib.nullcontext())
     return tokenizer, prompts, capsys.readouterr().out
+
+
+def test_every_turn_has_its_own_seed(tiny_run, monkeypatch, capsys):
+    """The usual mistake: one seed for the whole chat, and the same question gets the same answer word for word."""
+    seeds, generator = [], torch.Generator
+
+    class Recording(generator):
+        def manual_seed(self, seed):
+            seeds.append(seed)
+            return super().manual_seed(seed)
+    monkeypatch.setattr(torch, "Generator", Recording)
+    talk(monkeypatch, capsys, tiny_run.folder, ["again", "again", "again"], seed=7)
+    assert seeds == [7, 8, 9]
 
 
 def test_a_chat_remembers(tiny_run, monkeypatch, capsys):

@@ -264,6 +264,19 @@ def test_a_broken_state_is_one_line(tmp_path):
         train(tmp_path)
 
 
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "{}", '{"model": 5}', '{"model": {"n_layer": "two"}}', "\xff", "shape"])
+def test_damaged_facts_are_one_line(text, tiny_run, tmp_path, run):
+    """<stage>.json cut short, edited by hand, or of another model: named, with what to do, and no traceback."""
+    for name in ("sft.pt", "sft.json", "tokenizer.json"):
+        (tmp_path / name).write_bytes((tiny_run.folder / name).read_bytes())
+    if text == "shape":
+        text = (tmp_path / "sft.json").read_text().replace('"n_layer": 1', '"n_layer": 2')
+    (tmp_path / "sft.json").write_bytes(text.encode("latin1"))
+    done = run("sample", "--out", tmp_path, "--prompt", "Hello")
+    assert done.code == 2 and done.out.count("\n") == 1
+    assert "sft.json is damaged" in done.out and "python sft.py" in done.out
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_a_loss_that_is_no_number_stops_the_run(bad, where, tmp_path, monkeypatch):
