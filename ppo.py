@@ -1,26 +1,25 @@
-"""Step 3: PPO-ptx. The policy answers, the reward model scores, and a KL penalty keeps the policy near the SFT model.
+"""Step 3: PPO-ptx. The policy answers, the reward model scores, a KL penalty keeps it near the SFT model.
 
     python ppo.py --config tiny                              the reward model of step 2
-    python ppo.py --config tiny --reward execution           the exact check instead: code is run, answers are compared
-    python ppo.py --config tiny --reward mine.py:score       your own score(prompts, responses) -> list of floats
-    python ppo.py --config tiny --ptx-coef 0                 without the pretraining gradient, as the stage ppo_no_ptx
+    python ppo.py --config tiny --reward execution           the exact check instead
+    python ppo.py --config tiny --reward mine.py:score       your own score(prompts, responses) -> floats
+    python ppo.py --config tiny --ptx-coef 0                 no pretraining gradient: the stage ppo_no_ptx
 
-    maximise  E[ r(x,y) - β log π(y|x)/π_SFT(y|x) ] + γ E_pretrain[ log π(x) ]                    InstructGPT Eq. 2
-
-γ is the weight of the pretraining gradient (`ptx_coef`), no discount: rewards are not discounted.
+    maximise  E[ r(x,y) - β log π(y|x)/π_SFT(y|x) ] + γ E_pretrain[ log π(x) ]            InstructGPT Eq. 2
+    γ weighs the pretraining gradient (`ptx_coef`); rewards are not discounted.
 
 Where this deviates from InstructGPT (Ouyang et al. 2022):
- 1. The learning rate, β and γ suit a model 1,000 times smaller, with answers of 15 tokens and scores of another scale. The
-    pretraining loss is a mean over tokens; whether the paper's is a sum or a mean, it does not say.
+ 1. The learning rate, β and γ suit a model 1,000 times smaller, with answers of 15 tokens and other scores.
+    The pretraining loss is a mean over tokens; whether the paper's is, it does not say.
  2. About as many pretraining tokens as episode tokens; the paper takes 8 times as many examples.
- 3. The paper is silent on λ (0.95), on the value's clip range (0.2) and on answers that do not end; as in Ziegler et al.
-    2019 the score of such an answer is replaced by -1.
- 4. The gain of the last norm learns 200 times as fast as all else. It is around 1 where the matrices are around 0.08, and most
-    wrong answers of a small model are one unlikely token; with one rate for all the policy became no surer in 20,000 episodes.
+ 3. The paper is silent on λ (0.95), on the value's clip range (0.2) and on answers that do not end; as in
+    Ziegler et al. 2019 the score of such an answer is replaced by -1.
+ 4. The gain of the last norm learns 200 times as fast: it is around 1, the matrices around 0.08, and most
+    wrong answers are one unlikely token. With one rate for all the policy became no surer in 20,000 episodes.
  5. 20,000 episodes, drawn from fewer prompts than that; the paper has 256,000 of 31,000 prompts.
 
-Axes: B episodes, T tokens (prompt and response), R response tokens, V vocabulary, C channels. Tensors (B,R) are padded on the
-right; values[:, t] is the value of the state BEFORE response token t.
+Axes: B episodes, T tokens (prompt and response), R response tokens, V vocabulary, C channels. Tensors (B,R)
+are padded on the right; values[:, t] is the value of the state BEFORE response token t.
 """
 import copy
 import math
@@ -35,7 +34,7 @@ import torch
 import data
 import training
 import world
-from config import UserError, parse
+from config import UserError, flag, parse
 from model import token_logprobs
 from reward import RewardModel, encode, score_many
 from sft import accumulate, plain_text
@@ -43,13 +42,13 @@ from training import say
 
 
 def kl_estimates(logprobs, ref_logprobs):
-    """Per-token estimates k1, k2, k3 of KL(π‖π_ref) from samples of π (Schulman 2020); E k1 = E k3 = KL, k3 >= 0."""
+    """Per-token estimates k1, k2, k3 of KL(π‖π_ref) from samples of π (Schulman 2020); E k1 = E k3 = KL."""
     k1 = logprobs - ref_logprobs
     return k1, k1 ** 2 / 2, torch.expm1(-k1) + k1               # k3 = exp(-k1) - 1 + k1
 
 
 def token_rewards(score, logprobs, ref_logprobs, mask, beta):
-    """r_t = -β k1_t, and the score (B,) at the last real token -> (B,R)             the bracket of InstructGPT Eq. 2"""
+    """r_t = -β k1_t, and the score (B,) at the last real token -> (B,R)     bracket of InstructGPT Eq. 2"""
     k1, _, _ = kl_estimates(logprobs, ref_logprobs)
     last = torch.arange(mask.shape[1], device=mask.device) == mask.sum(1, keepdim=True) - 1
     return -beta * k1 * mask + score[:, None] * last
@@ -58,7 +57,7 @@ def token_rewards(score, logprobs, ref_logprobs, mask, beta):
 def gae(rewards, values, mask, gamma=1.0, lam=0.95):
     """Generalised advantage estimation (Schulman et al. 2016, Eq. 16) -> advantages, returns, both (B,R).
 
-    δ_t = r_t + γ V_{t+1} - V_t,  A_t = δ_t + γλ A_{t+1};  behind the last real token V = A = 0.  Returns R = A + V.
+    δ_t = r_t + γ V_{t+1} - V_t,  A_t = δ_t + γλ A_{t+1};  behind the end V = A = 0.  Returns R = A + V.
     """
     advantages, advantage, next_value = torch.zeros_like(values), 0.0, 0.0
     for t in reversed(range(values.shape[1])):
@@ -81,9 +80,9 @@ def whiten(x, mask, shift_mean=True):
 
 
 def policy_loss(logprobs, old_logprobs, advantages, mask, clip=0.2):
-    """Mean over the real tokens of max(-A ρ, -A clip(ρ, 1 ± ε)), ρ = π/π_old                 Schulman et al. 2017, Eq. 7"""
+    """- mean over the real tokens of min(A ρ, A clip(ρ, 1 ± ε)), ρ = π/π_old   Schulman et al. 2017, Eq. 7"""
     ratio = (logprobs - old_logprobs).exp()
-    return masked_mean(torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip)), mask)
+    return -masked_mean(torch.minimum(advantages * ratio, advantages * ratio.clamp(1 - clip, 1 + clip)), mask)
 
 
 def value_loss(values, old_values, returns, mask, clip=0.2):
@@ -99,25 +98,23 @@ def ema_update(ema, model, decay):
         slow.lerp_(fast, 1 - decay)
 
 
-# ------------------------------------------------------------------------ episodes
-
 class Episodes:
     """B prompts with their responses as tensors: tokens and real (B,T), mask (B,R), where (B,R+1)."""
 
     def __init__(self, prompts, responses, pad, device):
-        tokens, real, _ = data.collate([(p + r, [1] * (len(p) + len(r))) for p, r in zip(prompts, responses)], pad)
+        tokens, real, _ = data.collate([(p + r, [1] * len(p + r)) for p, r in zip(prompts, responses)], pad)
         sizes, starts = (torch.tensor([len(x) for x in part]) for part in (responses, prompts))
         self.R = int(sizes.max())
         mask = torch.arange(self.R) < sizes[:, None]
-        # the column of the token before each response token, and of the last one: the states that are asked for
+        # the column of the token before each response token, and of the last one: the states that count
         where = (starts[:, None] - 1 + torch.arange(self.R + 1)).clamp(max=tokens.shape[1] - 1)
         self.tokens, self.real, self.mask, self.where = (x.to(device) for x in (tokens, real, mask, where))
 
     def logprobs(self, policy, cast, entropy=False):
-        """log π of the response tokens -> (B,R), or with the entropy of their distributions. Only responses are unembedded."""
+        """log π of the response tokens -> (B,R), or with the entropy of their distributions, also (B,R)."""
         with cast:
             x = policy.hidden(self.tokens, self.real)                                       # (B,T,C)
-            logits = policy.unembed(x.gather(1, self.where[..., None].expand(-1, -1, x.shape[-1])))     # (B,R+1,V)
+            logits = policy.unembed(x.gather(1, self.where[..., None].expand(-1, -1, x.size(2))))  # (B,R+1,V)
         logprobs = token_logprobs(logits, self.tokens.gather(1, self.where))                # (B,R)
         if not entropy:
             return logprobs
@@ -137,7 +134,7 @@ def minibatches(lengths, n, micro, seed):
     return [[rows.tolist() for rows in np.array_split(part, min(micro, len(part)))] for part in parts if part]
 
 
-def make_reward(config, folder, tokenizer, cast, device):
+def make_reward(config, folder, policy, tokenizer, cast, device):
     """--reward -> a function (tasks, answers) -> scores; and step 2's model if it is that, or None."""
     if config.reward == "execution":
         return lambda tasks, answers: [float(v.right) for v in world.judge_many(tasks, answers)], None
@@ -145,12 +142,11 @@ def make_reward(config, folder, tokenizer, cast, device):
         return own_reward(config.reward), None
     if not training.finished(folder, "reward"):
         raise UserError(f"{folder} has no reward model. Make it first: python reward.py --out {folder}")
-    policy, _, _ = training.load_model(folder, "sft", device)
-    model = RewardModel(policy).to(device)
+    model, size = RewardModel(policy).to(device), policy.config.block_size
     model.load_state_dict(training.load(folder / "reward.pt", device))
 
     def score(tasks, answers):
-        ids = [encode(tokenizer, t.parts, [a], policy.config.block_size) for t, a in zip(tasks, answers)]
+        ids = [encode(tokenizer, t.parts, [a], size) for t, a in zip(tasks, answers)]
         return score_many(model, ids, tokenizer.pad, cast, batch=128)[:, 0].tolist()
     return score, model
 
@@ -161,42 +157,34 @@ def own_reward(name):
     try:
         score = runpy.run_path(path)[function]
     except Exception as error:
-        raise UserError(f"--reward {name}: {type(error).__name__}: {error}. Needed: FILE.py:FUNCTION") from None
+        raise UserError(f"--reward {name}: {type(error).__name__}: {error}. Give FILE.py:FUNCTION") from None
 
     def checked(tasks, answers):
         prompts = [task.prompt for task in tasks]
         try:
             scores = [float(value) for value in score(prompts, list(answers))]
         except Exception as error:
-            raise UserError(f"{name} raised {type(error).__name__}: {error}; the first of {len(prompts)} prompts was "
-                            f"{prompts[0][:80]!r}") from None
-        if len(scores) != len(prompts):
-            raise UserError(f"{name} returned {len(scores)} scores for {len(prompts)} answers; the first prompt was "
-                            f"{prompts[0][:80]!r}")
-        for prompt, value in zip(prompts, scores):
-            if not math.isfinite(value):
-                raise UserError(f"{name} returned {value} for an answer to {prompt[:80]!r}")
+            raise UserError(f"{name}: {type(error).__name__}: {error}; prompts: {prompts[0]!r:.80}") from None
+        strange = [f"{v} for {p!r:.80}" for p, v in zip(prompts, scores) if not math.isfinite(v)]
+        if strange or len(scores) != len(prompts):
+            raise UserError(f"{name} gave {len(scores)} scores for {len(prompts)} answers {strange[:1]}")
         return scores
     return checked
 
 
-# ------------------------------------------------------------------------ one iteration
-
 def rollout(policy, tokenizer, tasks, reward, config, seed, cast):
-    """Answer at temperature 1, top-k and top-p off, and score -> (prompts, [training.Answer], scores (B,))."""
+    """Answer at temperature 1, top-k and top-p off, and score -> prompts, [training.Answer], scores (B,)."""
     prompts = [data.encode_prompt(tokenizer, *task.parts)[1 - policy.config.block_size:] for task in tasks]
     answers = training.respond(policy, tokenizer, prompts, config.max_new_tokens, 1.0, seed, cast)
     scores = torch.tensor(reward(tasks, [a.text for a in answers]), dtype=torch.float32)
     ended = torch.tensor([a.ended for a in answers])
-    return prompts, answers, torch.where(ended, scores, config.unfinished_score)    # replaced, not lowered (RECIPE O7)
+    return prompts, answers, torch.where(ended, scores, config.unfinished_score)    # replaced (RECIPE O7)
 
 
 @torch.no_grad()
 def assess(policy, reference, value, batches, cast):
-    """What the update needs to know of all episodes -> old and reference log-probs, values, mask (B,R), entropy.
-
-    Scored in the very micro-batches of the update, so that the first ratio is 1 to the last bit (RECIPE O3).
-    """
+    """-> log-probs of policy and reference, values, mask, all (B,R), and the policy's mean entropy."""
+    # in the very micro-batches of the update, so that the first ratio is 1 to the last bit (RECIPE O3)
     micro = [pair for minibatch in batches for pair in minibatch]
     shape = sum(len(rows) for rows, _ in micro), max(e.R for _, e in micro)
     old, ref, values, mask, entropy = torch.zeros(5, *shape, device=micro[0][1].tokens.device)
@@ -216,37 +204,36 @@ def update(policy, value, minibatch, old, advantages, returns, old_values, mask,
         m, before = mask[rows, cut], old[rows, cut]
         logprobs = e.logprobs(policy, cast)
         loss = share * policy_loss(logprobs, before, advantages[rows, cut], m, config.clip_ratio)
-        v_loss = share * value_loss(e.values(value, cast), old_values[rows, cut], returns[rows, cut], m, config.clip_value)
+        v_loss = share * value_loss(e.values(value, cast), old_values[rows, cut], returns[rows, cut], m,
+                                    config.clip_value)
         (loss + v_loss).backward()                                      # they share no weights
         ratio = ((logprobs.detach() - before) * m).exp()
         off = (ratio - 1).abs()
-        found["policy_loss"] += loss.item()
-        found["value_loss"] += v_loss.item()
-        found["ratio_max"] = max(found["ratio_max"], ratio.max().item())
-        found["ratio_off"] = max(found["ratio_off"], off.max().item())
-        found["clip_fraction"] += (share * masked_mean((off > config.clip_ratio).float(), m)).item()
+        clipped = share * masked_mean((off > config.clip_ratio).float(), m)
+        for name, x in (("policy_loss", loss), ("value_loss", v_loss), ("clip_fraction", clipped)):
+            found[name] += x.item()
+        for name, x in (("ratio_max", ratio), ("ratio_off", off)):
+            found[name] = max(found[name], x.max().item())
     return found
 
 
 def summarise(steps, old, ref, values, returns, rewards, mask):
     """The metrics of an iteration (RECIPE O20); steps: those of its minibatches."""
     k1, _, k3 = kl_estimates(old, ref)
-    error, spread = (masked_mean((returns - v) ** 2, mask).item() for v in (values, masked_mean(returns, mask)))
+    error, spread = (masked_mean((returns - v) ** 2, mask) for v in (values, masked_mean(returns, mask)))
     per_answer = {name: x.sum(1).mean().item() for name, x in
                   (("kl", k1 * mask), ("kl_k3", k3 * mask), ("reward", rewards), ("length", mask))}
     return {**per_answer, **{key: sum(step[key] for step in steps) / len(steps) for key in steps[0]},
             "ratio_first": steps[0]["ratio_off"], "ratio_max": max(step["ratio_max"] for step in steps),
-            "explained_variance": 1 - error / max(spread, 1e-8)}
+            "explained_variance": 1 - error.item() / max(spread.item(), 1e-8)}
 
-
-# ------------------------------------------------------------------------ health
 
 def held_out(policy, tokenizer, tasks, reward, config, cast):
-    """What judge and reward say of answers to held-out prompts, which nothing is trained on: gold, right, proxy."""
+    """What judge and reward say of answers to held-out prompts: gold, right, proxy."""
     _, answers, scores = rollout(policy, tokenizer, tasks, reward, config, config.seed, cast)
     verdicts = world.judge_many(tasks, [a.text for a in answers], [a.ended for a in answers])
-    return {"gold": sum(v.score for v in verdicts) / len(tasks), "right": sum(v.right for v in verdicts) / len(tasks),
-            "proxy": scores.mean().item()}
+    gold, right = (sum(getattr(v, name) for v in verdicts) / len(tasks) for name in ("score", "right"))
+    return {"gold": gold, "right": right, "proxy": scores.mean().item()}
 
 
 def health(row, past):
@@ -254,105 +241,84 @@ def health(row, past):
     first, measured = (past or [row])[0], [r for r in past if "gold" in r]
     best = max(measured, key=lambda r: r["gold"], default=row)
     checks = (
-        (row["kl"] < -0.1, "KL is negative ({kl:.2f} nats): the answers are not drawn from the policy that is scored. "
-         "Sample at temperature 1, without top-k and top-p"),
-        (row["ratio_first"] > 0.01, "the first ratio is off 1 by {ratio_first:.3f}: old and new log-probs are not "
-         "computed alike. Is dropout on?"),
-        (row["entropy"] < 0.2 * first["entropy"], "entropy has collapsed to {entropy:.2f} nats a token: the policy "
-         "repeats itself. Raise --beta or lower --gain-lr and --lr"),
-        (row["eos_rate"] < first["eos_rate"] - 0.05, "only {eos_rate:.0%} of the answers end by themselves. Lower "
-         "--unfinished-score, or raise --max-new-tokens"),
-        (not 0.6 <= row["length"] / first["length"] <= 1.6, "answers have {length:.0f} tokens now: the reward may pay "
-         "for length. See the length correlation of reward.py, raise --beta"),
-        (len(past) >= 5 and row["explained_variance"] < 0, "explained variance {explained_variance:.2f}: the value "
-         "model is worse than a constant. Raise --value-lr"),
-        ("gold" in row and row["gold"] < best.get("gold", 0) - 0.03 and row["proxy"] > best["proxy"], "the reward rises "
-         "while held-out gold falls ({gold:.3f}): the policy exploits it. Stop earlier, raise --beta, or rank its "
-         "answers: reward.py --from sft,ppo"))
+        (row["kl"] < -0.1, "KL {kl:.2f} is negative: sample at temperature 1, without top-k and top-p"),
+        (row["ratio_first"] > 0.01, "the first ratio is off 1 by {ratio_first:.3f}. Is dropout on?"),
+        (row["entropy"] < 0.2 * first["entropy"], "entropy has collapsed to {entropy:.2f}. Raise --beta"),
+        (row["eos_rate"] < first["eos_rate"] - 0.05, "only {eos_rate:.0%} of the answers end: raise "
+         "--max-new-tokens, lower --unfinished-score"),
+        (not 0.6 <= row["length"] / first["length"] <= 1.6, "answers have {length:.0f} tokens now: does the "
+         "reward pay for length? See length_correlation in reward.json, raise --beta"),
+        (len(past) >= 5 and row["explained_variance"] < 0, "explained variance {explained_variance:.2f}: the "
+         "value model is worse than a constant. Raise --value-lr"),
+        ("gold" in row and row["gold"] < best.get("gold", 0) - 0.03 and row["proxy"] > best["proxy"],
+         "the reward rises while held-out gold falls ({gold:.3f}): the policy exploits it. Stop earlier, "
+         "raise --beta, or rank its answers: reward.py --from sft,ppo"))
     return [text.format(**row) for wrong, text in checks if wrong]
-
-
-# ------------------------------------------------------------------------ the algorithm
-
-SHOWN = "score kl entropy length eos_rate ptx_loss rollout_s scoring_s update_s ptx_s".split()     # while it runs
-
-
-def set_up(config, folder, policy, reward_model, device):
-    """The other models, the optimizers, the Stage -> (reference, value, ema, adam, value_adam, stage)."""
-    torch.manual_seed(training.seed_of(config.seed, "value"))
-    reference, ema = copy.deepcopy(policy), copy.deepcopy(policy)
-    value = copy.deepcopy(reward_model) if reward_model else RewardModel(policy).to(device)
-    gain = policy.ln_f.weight                                           # see deviation 4
-    groups = [{"params": [p for p in policy.parameters() if p is not gain], "weight_decay": 0.0},
-              {"params": [gain], "weight_decay": 0.0, "lr": config.gain_lr}]
-    adam = training.adamw(groups, config.lr)
-    value_adam = training.adamw([{"params": list(value.parameters()), "weight_decay": 0.0}], config.value_lr)
-    stage = training.Stage(folder, "ppo" if config.ptx_coef else "ppo_no_ptx", config, config.iterations,
-                           policy=policy, value=value, ema=ema, adam=adam, value_adam=value_adam)
-    return reference, value, ema, adam, value_adam, stage
 
 
 def main():
     config, origin = parse("ppo", description=__doc__)
+    for less, more in (("minibatches", "episodes"), ("episodes", "prompts"), ("ptx_window", "ptx_tokens")):
+        a, b = getattr(config, less), getattr(config, more)
+        if a > b:
+            raise UserError(f"{flag(less)} {a} is more than {flag(more)} {b}")
     started = time.perf_counter()
     folder, device, cast = training.begin("ppo", config, origin)
     policy, tokenizer, _ = training.load_model(folder, "sft", device)
-    reward, reward_model = make_reward(config, folder, tokenizer, cast, device)
+    reward, reward_model = make_reward(config, folder, policy, tokenizer, cast, device)
     corpora = sorted(folder.glob("corpus-*.npy"), key=lambda path: path.stat().st_mtime)
     if config.ptx_coef and not corpora:
         raise UserError(f"{folder} has no corpus-*.npy, the text of step 0: run sft.py, or use --ptx-coef 0")
-    reference, value, ema, adam, value_adam, stage = set_up(config, folder, policy, reward_model, device)
+    corpus = np.load(corpora[-1], mmap_mode="r") if config.ptx_coef else None
+    torch.manual_seed(training.seed_of(config.seed, "value"))
+    reference, ema = copy.deepcopy(policy), copy.deepcopy(policy)
+    value = copy.deepcopy(reward_model) if reward_model else RewardModel(policy).to(device)
+    gain, w0 = policy.ln_f.weight, {"weight_decay": 0.0}                # see deviation 4
+    rest = [p for p in policy.parameters() if p is not gain]
+    adam = training.adamw([{"params": rest, **w0}, {"params": [gain], "lr": config.gain_lr, **w0}], config.lr)
+    value_adam = training.adamw([{"params": list(value.parameters()), **w0}], config.value_lr)
+    stage = training.Stage(folder, "ppo" if config.ptx_coef else "ppo_no_ptx", config, config.iterations,
+                           policy=policy, value=value, ema=ema, adam=adam, value_adam=value_adam)
     pool = world.tasks(config.prompts, "train", config.seed + 2000)
     test = world.tasks(config.eval_prompts, "val", config.seed)
-    corpus = np.load(corpora[-1], mmap_mode="r") if config.ptx_coef else None
-    say(f"step 3: {stage.steps} iterations of {config.episodes} answers, reward {config.reward}, stage {stage.name}")
+    say(f"step 3: {stage.steps} iterations of {config.episodes} answers, stage {stage.name}")
 
     for iteration in stage:
-        clock, seeds = [time.perf_counter()], [config.seed, iteration]
+        seeds, seed = [config.seed, iteration], training.seed_of(config.seed, iteration)
         tasks = random.Random(str(seeds)).sample(pool, config.episodes)
-        prompts, answers, score = rollout(policy, tokenizer, tasks, reward, config, training.seed_of(*seeds), cast)
-        clock.append(time.perf_counter())
-
+        prompts, answers, score = rollout(policy, tokenizer, tasks, reward, config, seed, cast)
         sizes = [len(prompt) + len(answer.ids) for prompt, answer in zip(prompts, answers)]
-        batches = [[(rows, Episodes([prompts[i] for i in rows], [answers[i].ids for i in rows], tokenizer.pad, device))
-                    for rows in micro]
-                   for micro in minibatches(sizes, config.minibatches, config.accumulate, training.seed_of(*seeds))]
+        cuts = minibatches(sizes, config.minibatches, config.accumulate, seed)
+        batches = [[(rows, Episodes([prompts[i] for i in rows], [answers[i].ids for i in rows],
+                                    tokenizer.pad, device)) for rows in micro] for micro in cuts]
         old, ref, values, mask, entropy = assess(policy, reference, value, batches, cast)
         rewards = token_rewards(score.to(device), old, ref, mask, config.beta)
         advantages, returns = gae(rewards, values, mask, config.gamma, config.lam)
         advantages = whiten(advantages, mask)                           # after the returns (RECIPE O10)
-        clock.append(time.perf_counter())
 
-        lr = training.set_lr([adam, value_adam], min(1.0, 0.1 + 0.9 * iteration / config.warmup))
-        steps, ptx_seconds = [], 0.0
+        lr, steps = training.set_lr([adam, value_adam], min(1.0, 0.1 + 0.9 * iteration / config.warmup)), []
         for i, minibatch in enumerate(batches):                         # one epoch: each episode once
             found = update(policy, value, minibatch, old, advantages, returns, values, mask, config, cast)
-            if config.ptx_coef:                                         # γ ∇ E_pretrain[-log π], into the same gradient
-                start, n = time.perf_counter(), config.ptx_tokens // config.ptx_window
+            if config.ptx_coef:                             # γ ∇ E_pretrain[-log π], into the same gradient
+                n = config.ptx_tokens // config.ptx_window
                 text = plain_text(data.windows(corpus, config.ptx_window, n, [*seeds, i]).to(device))
                 found["ptx_loss"] = accumulate(policy, [text], cast, config.ptx_coef)
-                ptx_seconds += time.perf_counter() - start
             found["norm"] = stage.update([adam], found["policy_loss"], config.clip)
             stage.update([value_adam], found["value_loss"], config.clip)
             ema_update(ema, policy, config.ema)
             steps.append(found)
-        clock.append(time.perf_counter())
 
         row = summarise(steps, old, ref, values, returns, rewards, mask)
         row |= {"score": score.mean().item(), "entropy": entropy, "lr": lr,
-                "eos_rate": sum(answer.ended for answer in answers) / len(answers), "rollout_s": clock[1] - clock[0],
-                "scoring_s": clock[2] - clock[1], "update_s": clock[3] - clock[2] - ptx_seconds, "ptx_s": ptx_seconds}
+                "eos_rate": sum(answer.ended for answer in answers) / len(answers)}
         if (iteration + 1) % config.eval_every == 0 or iteration + 1 == stage.steps:
             row |= held_out(ema, tokenizer, test, reward, config, cast)
-            say("  {} {}: held-out gold {gold:.3f}, right {right:.3f}, score {proxy:+.2f}; KL {kl:.2f} nats".format(
-                stage.name, iteration + 1, **row))
+            say(f"  {stage.name} {iteration + 1}: held-out gold {row['gold']:.3f}, score {row['proxy']:+.2f}")
         for warning in health(row, stage.history):
             say(f"  ! {stage.name} {iteration + 1}: {warning}")
-        stage.log(tokens=int(mask.sum()), shown=SHOWN, **row)
+        stage.log(tokens=int(mask.sum()), shown="score kl entropy length eos_rate ptx_loss".split(), **row)
     stage.finish(ema.state_dict(), model=asdict(policy.config), parent="sft", last=row)
-    say(f"done in {training.clock(time.perf_counter() - started)}. Next:\n"
-        f"  python sample.py --out {folder} --compare      the answers of all stages, side by side\n"
-        f"  python evaluate.py --out {folder}              measure them on held-out prompts")
+    say(f"done in {training.clock(time.perf_counter() - started)}. Next: sample.py --compare --out {folder}")
 
 
 if __name__ == "__main__":

@@ -715,3 +715,14 @@ def test_run_keeps_the_average(ppo_run):
     moved, gone = (sum((kept[k] - x[k]).norm() ** 2 for k in kept) ** 0.5 for x in (start, last))
     assert 0 < moved < 0.2 * gone
     assert all(torch.equal(kept[k], v) for k, v in ppo_run.parts["ema"].state_dict().items())
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--prompts", 22, "--episodes", 23], ["--episodes 23", "--prompts 22"]),
+    (["--episodes", 7, "--minibatches", 8], ["--minibatches 8", "--episodes 7"]),
+    (["--ptx-tokens", 64, "--ptx-window", 128], ["--ptx-window 128", "--ptx-tokens 64"])], ids=str)
+def test_too_few_of_something(flags, words, run, tmp_path):
+    """One line, before anything is read or computed. Usual mistake: random.sample's traceback, minutes later."""
+    done = run("ppo", *flags, "--out", tmp_path / "none")
+    assert done.code == 2 and done.out.count("\n") == 1 and not (tmp_path / "none").exists()
+    assert all(word in done.out for word in words)

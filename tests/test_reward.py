@@ -358,3 +358,25 @@ def test_the_command_compares_what_it_ranks(reward_run):
     assert len(kept) + sum(skipped.values()) == 24 and {len(json.loads(x)["ranks"]) for x in path.open()} == {4, 5}
     assert 0 <= facts["measured"]["accuracy_gold"] <= 1 and facts["measured"]["pairs"] > 0
     assert reward_run.model.answer_after == reward_run.tokenizer.assistant
+
+
+def test_second_round_names_may_have_spaces(reward_run, run):
+    """`--from "sft, sft"`; and whatever could not be measured is null in reward.json, which must stay JSON."""
+    done = run("reward", *SMALL, "--out", reward_run.folder, "--fresh", "--from", "sft, sft")
+    assert done.code == 0, done.out
+
+    def constant(name):
+        raise AssertionError(f"{name} in reward.json")
+    json.loads((reward_run.folder / "reward.json").read_text(), parse_constant=constant)
+
+
+def test_equal_scores_correlate_with_nothing():
+    """A model that says always the same: no correlation and no NaN; a category without pairs has no accuracy."""
+    tokenizer = data.Tokenizer(data.train_bpe([""], 256))
+    gpt = GPT(GPTConfig(tokenizer.size, 64, n_layer=1, n_head=2, n_embd=C))
+    model = RewardModel(gpt)
+    torch.nn.init.zeros_(model.head.weight)
+    tasks = world.tasks(2, "val")
+    groups = [list(zip(["a", "bb"], world.judge_many([task] * 2, ["a", "bb"]))) for task in tasks]
+    found = reward.measure(model, tokenizer, tasks, groups, 0, PLAIN)
+    assert found["length_correlation"] is None and None in found["categories"].values()
