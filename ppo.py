@@ -256,6 +256,9 @@ def health(row, past):
     return [text.format(**row) for wrong, text in checks if wrong]
 
 
+SHOWN = "score kl entropy length eos_rate ptx_loss rollout_s scoring_s update_s ptx_s".split()     # while it runs
+
+
 def main():
     config, origin = parse("ppo", description=__doc__)
     for less, more in (("minibatches", "episodes"), ("episodes", "prompts"), ("ptx_window", "ptx_tokens")):
@@ -285,8 +288,10 @@ def main():
 
     for iteration in stage:
         seeds, seed = [config.seed, iteration], training.seed_of(config.seed, iteration)
+        clock, ptx_seconds = [time.perf_counter()], 0.0
         tasks = random.Random(str(seeds)).sample(pool, config.episodes)
         prompts, answers, score = rollout(policy, tokenizer, tasks, reward, config, seed, cast)
+        clock.append(time.perf_counter())
         sizes = [len(prompt) + len(answer.ids) for prompt, answer in zip(prompts, answers)]
         cuts = minibatches(sizes, config.minibatches, config.accumulate, seed)
         batches = [[(rows, Episodes([prompts[i] for i in rows], [answers[i].ids for i in rows],
@@ -295,30 +300,37 @@ def main():
         rewards = token_rewards(score.to(device), old, ref, mask, config.beta)
         advantages, returns = gae(rewards, values, mask, config.gamma, config.lam)
         advantages = whiten(advantages, mask)                           # after the returns (RECIPE O10)
+        clock.append(time.perf_counter())
 
         lr, steps = training.set_lr([adam, value_adam], min(1.0, 0.1 + 0.9 * iteration / config.warmup)), []
         for i, minibatch in enumerate(batches):                         # one epoch: each episode once
             found = update(policy, value, minibatch, old, advantages, returns, values, mask, config, cast)
             if config.ptx_coef:                             # γ ∇ E_pretrain[-log π], into the same gradient
-                n = config.ptx_tokens // config.ptx_window
+                start, n = time.perf_counter(), config.ptx_tokens // config.ptx_window
                 text = plain_text(data.windows(corpus, config.ptx_window, n, [*seeds, i]).to(device))
                 found["ptx_loss"] = accumulate(policy, [text], cast, config.ptx_coef)
+                ptx_seconds += time.perf_counter() - start
             found["norm"] = stage.update([adam], found["policy_loss"], config.clip)
             stage.update([value_adam], found["value_loss"], config.clip)
             ema_update(ema, policy, config.ema)
             steps.append(found)
 
+        clock.append(time.perf_counter())
         row = summarise(steps, old, ref, values, returns, rewards, mask)
         row |= {"score": score.mean().item(), "entropy": entropy, "lr": lr,
-                "eos_rate": sum(answer.ended for answer in answers) / len(answers)}
+                "eos_rate": sum(answer.ended for answer in answers) / len(answers), "rollout_s": clock[1] - clock[0],
+                "scoring_s": clock[2] - clock[1], "update_s": clock[3] - clock[2] - ptx_seconds, "ptx_s": ptx_seconds}
         if (iteration + 1) % config.eval_every == 0 or iteration + 1 == stage.steps:
             row |= held_out(ema, tokenizer, test, reward, config, cast)
-            say(f"  {stage.name} {iteration + 1}: held-out gold {row['gold']:.3f}, score {row['proxy']:+.2f}")
+            say("  {} {}: held-out gold {gold:.3f}, right {right:.3f}, score {proxy:+.2f}; KL {kl:.2f} nats".format(
+                stage.name, iteration + 1, **row))
         for warning in health(row, stage.history):
             say(f"  ! {stage.name} {iteration + 1}: {warning}")
-        stage.log(tokens=int(mask.sum()), shown="score kl entropy length eos_rate ptx_loss".split(), **row)
+        stage.log(tokens=int(mask.sum()), shown=SHOWN, **row)
     stage.finish(ema.state_dict(), model=asdict(policy.config), parent="sft", last=row)
-    say(f"done in {training.clock(time.perf_counter() - started)}. Next: sample.py --compare --out {folder}")
+    say(f"done in {training.clock(time.perf_counter() - started)}. Next:\n"
+        f"  python sample.py --compare --out {folder}      the answers of all stages, side by side\n"
+        f"  python evaluate.py --out {folder}              measure them on held-out prompts")
 
 
 if __name__ == "__main__":
