@@ -257,7 +257,8 @@ def main():
         found = measure(model, tokenizer, tasks, answers, config.seed, cast)
         demonstrations = world.demonstrations(400, "val", config.seed)
         zero = [encode(tokenizer, task.parts, [answer], size) for task, answer in demonstrations]
-    say("  on held-out prompts (gold: the judge's order; ceiling: the labelers in it):" + "".join(f"\n    {v:6.3f} {k}" for k, v in found.items() if isinstance(v, float)))
+    say("  on held-out prompts (gold: the judge's order; ceiling: the labelers in it):"
+        + "".join(f"\n    {v:6.3f} {k}" for k, v in found.items() if isinstance(v, float)))
     if not config.data:
         say("    accuracy_gold by category: " + ", ".join(f"{c} {a or 0:.2f}" for c, a in found["categories"].items())
             + "\n    preference, predicted and observed: "
