@@ -284,7 +284,9 @@ def load_model(folder, stage, device="cpu"):
     """The model of a finished stage -> (GPT, Tokenizer, what <stage>.json says)."""
     folder, script = Path(folder), stage.partition("_")[0].replace("base", "sft")
     if not finished(folder, stage):
-        raise UserError(f"{folder} has no finished {stage}. Make it first: python {script}.py")
+        made_by = {"base": "sft.py", "sft": "sft.py", "ppo": "ppo.py", "ppo_no_ptx": "ppo.py --ptx-coef 0"}
+        remedy = f"Make it first: python {made_by[stage]}" if stage in made_by else f"Stages: {', '.join(made_by)}"
+        raise UserError(f"{folder} has no finished {stage}. {remedy}")
     try:
         facts = json.loads((folder / f"{stage}.json").read_text(encoding="utf8"))
         model = GPT(GPTConfig(**facts["model"]))
