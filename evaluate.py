@@ -8,7 +8,7 @@ shown three examples of the category before each question; the others read the b
 """
 import json
 import math
-from itertools import islice, product
+from itertools import product
 
 import torch
 
@@ -17,7 +17,7 @@ import training
 import world
 from config import UserError, parse
 from ppo import Episodes, kl_estimates
-from sft import held_out_loss, held_out_windows
+from sft import held_out_loss, held_out_text, held_out_windows
 from training import say
 
 SETS = {"test_phrasing": "_unseen_phrasing", "test_combination": "_unseen_combination", "test": ""}
@@ -88,12 +88,10 @@ def kl(policy, reference, tokenizer, tasks, answers, cast):
     return estimate(found)
 
 
-def pretraining_loss(model, tokenizer, cast):
-    """Held-out loss of step 0, in nats a token: what the alignment costs (InstructGPT 4.2)."""
-    def loss(texts):
-        windows = held_out_windows(data.pack(tokenizer, list(texts)), model.config.block_size, 64)
-        return held_out_loss(model, windows, cast)
-    return {"documents": loss(islice(world.documents(0, "val"), 600)), "prose": loss(world.prose("val"))}
+def pretraining_loss(model, texts, cast):
+    """Held-out loss of step 0, in nats a token, on {name: ids}: what the alignment costs (InstructGPT 4.2)."""
+    return {name: held_out_loss(model, held_out_windows(ids, model.config.block_size, 64), cast)
+            for name, ids in texts.items()}
 
 
 def show(title, columns, rows):
@@ -113,7 +111,7 @@ def main():
         raise UserError(f"{folder} holds no model yet. Train one first: python sft.py --config tiny")
     report = {"seed": config.seed, "seconds": {}, "kl": {}, "pretraining_loss": {}, "win_rate": {}}
     sets = {name: world.tasks(config.per_category * len(world.CATEGORIES), name) for name in SETS}
-    models, verdicts, tables, test = {}, {}, {}, sets["test"]
+    models, verdicts, tables, texts, test = {}, {}, {}, None, sets["test"]
     for stage in stages:
         model, tokenizer, facts = training.load_model(folder, stage, device)
         label = FEW_SHOT if stage == "base" else stage
@@ -127,7 +125,8 @@ def main():
             report["win_rate"][f"{label}_vs_{other}"] = by_group(
                 test, [(a.score > b.score) + 0.5 * (a.score == b.score) for a, b in zip(judged, theirs)])
         models[stage], verdicts[label], report["seconds"][stage] = model, judged, facts["seconds"]
-        report["pretraining_loss"][label] = pretraining_loss(model, tokenizer, cast)
+        texts = texts or held_out_text(tokenizer, 0)        # the stages of a run share their tokenizer
+        report["pretraining_loss"][label] = pretraining_loss(model, texts, cast)
         if stage.startswith("ppo"):
             report["kl"][stage] = kl(model, models["sft"], tokenizer, test, found, cast)
     if training.finished(folder, "reward"):

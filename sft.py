@@ -107,9 +107,14 @@ def make_corpus(config, folder, tokenizer, own):
             parts.append(data.pack(tokenizer, list(islice(documents, 4000))))
         training.save_atomically(np.concatenate(parts)[:config.pretrain_docs], path)
     recitals = data.pack(tokenizer, list(islice(world.recitals(config.seed), 8000)))
-    documents, prose = list(islice(world.documents(config.seed, "val"), 600)), world.prose("val")
     return ({"documents": np.load(path, mmap_mode="r"), "recitals": recitals},
-            {"documents": data.pack(tokenizer, documents), "prose": data.pack(tokenizer, prose)})
+            held_out_text(tokenizer, config.seed))
+
+
+def held_out_text(tokenizer, seed):
+    """What step 0 is measured on -> {"documents" and "prose": ids}."""
+    texts = {"documents": list(islice(world.documents(seed, "val"), 600)), "prose": world.prose("val")}
+    return {name: data.pack(tokenizer, text) for name, text in texts.items()}
 
 
 def plain_text(tokens):

@@ -282,17 +282,18 @@ def finished(folder, stage):
 
 def load_model(folder, stage, device="cpu"):
     """The model of a finished stage -> (GPT, Tokenizer, what <stage>.json says)."""
-    folder, script = Path(folder), stage.partition("_")[0].replace("base", "sft")
+    folder = Path(folder)
+    made_by = {"base": "sft.py", "sft": "sft.py", "ppo": "ppo.py", "ppo_no_ptx": "ppo.py --ptx-coef 0"}
+    if stage not in made_by:
+        raise UserError(f"{folder} has no finished {stage}. Stages: {', '.join(made_by)}")
     if not finished(folder, stage):
-        made_by = {"base": "sft.py", "sft": "sft.py", "ppo": "ppo.py", "ppo_no_ptx": "ppo.py --ptx-coef 0"}
-        remedy = f"Make it first: python {made_by[stage]}" if stage in made_by else f"Stages: {', '.join(made_by)}"
-        raise UserError(f"{folder} has no finished {stage}. {remedy}")
+        raise UserError(f"{folder} has no finished {stage}. Make it first: python {made_by[stage]}")
     try:
         facts = json.loads((folder / f"{stage}.json").read_text(encoding="utf8"))
         model = GPT(GPTConfig(**facts["model"]))
         model.load_state_dict(load(folder / f"{stage}.pt"))
     except (ValueError, LookupError, TypeError, ArithmeticError, RuntimeError):
-        raise UserError(f"{folder / stage}.json is damaged. Remove it, then: python {script}.py") from None
+        raise UserError(f"{folder / stage}.json is damaged. Remove it, then: python {made_by[stage]}") from None
     return model.to(device), Tokenizer.load(folder / "tokenizer.json"), facts
 
 
