@@ -215,5 +215,5 @@ def test_every_sample_gets_the_input(tiny_run, run, monkeypatch):
 
 
 def test_nothing_runs_unasked(tiny_run, run, monkeypatch):
-    monkeypatch.setattr(sample, "answers", lambda *args, **kwargs: ["print(6 * 7)"])
-    assert "42" not in run("sample", "--out", tiny_run.folder, "--prompt", "code").out
+    monkeypatch.setattr(sample, "answers", lambda *args, **kwargs: ["print('ran' * 3)"])
+    assert "ranranran" not in run("sample", "--out", tiny_run.folder, "--prompt", "code").out
