@@ -4,18 +4,18 @@
 
 Prints tables and writes <run>/evaluation.json; an estimate is always {"mean", "low", "high", "n"}, with its
 95 % interval. Temperature 1, except in the keys that end in _greedy. `base_few_shot` is the pretrained model,
-shown three examples of the category before each question; the others read the bare prompt.
-"""
+shown three examples of the category before each question; the others read the bare prompt."""
 import json
 import math
 from itertools import product
+
+from config import UserError, parse     # before torch: see there
 
 import torch
 
 import data
 import training
 import world
-from config import UserError, parse
 from ppo import Episodes, kl_estimates
 from sft import held_out_loss, held_out_text, held_out_windows
 from training import say

@@ -28,13 +28,14 @@ import runpy
 import time
 from dataclasses import asdict
 
+from config import UserError, flag, parse     # before torch: see there
+
 import numpy as np
 import torch
 
 import data
 import training
 import world
-from config import UserError, flag, parse
 from model import token_logprobs
 from reward import RewardModel, encode, score_many
 from sft import accumulate, plain_text

@@ -14,14 +14,15 @@ Where this deviates from InstructGPT (Ouyang et al. 2022):
  2. Muon and AdamW at rates that suit a small model, and fewer prompts a step: 64 would leave too few steps.
  3. Some answers are drawn at other temperatures, some are demonstrations; the paper's are several models'.
  4. Trunk and policy have the same size; the paper uses one 6B reward model for all.
-Axes: B batch, T tokens, C channels, N prompts, K completions of one prompt.
-"""
+Axes: B batch, T tokens, C channels, N prompts, K completions of one prompt."""
 import copy
 import math
 import random
 import time
 from dataclasses import asdict
 from itertools import islice
+
+from config import UserError, parse     # before torch: see there
 
 import torch
 import torch.nn as nn
@@ -31,7 +32,6 @@ from torch.nn.utils.rnn import pad_sequence
 import data
 import training
 import world
-from config import UserError, parse
 from model import token_logprobs
 from training import say
 
@@ -60,9 +60,10 @@ class RewardModel(nn.Module):
         if self.answer_after < 0:
             return scores
         answer = (tokens == self.answer_after).flip(1).cumsum(1).flip(1) == 0     # (B,T) after its last
-        first = max(int(answer.any(0).long().argmax()), 1)      # the columns before it need no logits
-        logprobs = token_logprobs(self.trunk.unembed(x[:, first - 1:]), tokens[:, first - 1:])  # (B,T-first)
-        return scores + self.w * F.pad((logprobs * answer[:, first:]).cumsum(1), (first, 0))
+        answer &= F.pad(torch.ones_like(tokens[:, 1:]) if mask is None else mask[:, 1:], (1, 0)).bool()
+        x, y = x[answer.roll(-1, 1)], tokens[answer]        # n answer tokens, and what stands before each
+        logprobs = token_logprobs(self.trunk.unembed(x)[:, None].expand(-1, 2, -1), y[:, None].expand(-1, 2))
+        return scores + self.w * torch.zeros_like(scores).masked_scatter(answer, logprobs).cumsum(1)
 
     def score(self, tokens, mask):
         """-> (B,): the score at the last real token of each row."""

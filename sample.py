@@ -9,11 +9,11 @@
 import contextlib
 import sys
 
+from config import UserError, parse     # before torch: see there
 import data
 import sandbox
 import training
 import world
-from config import UserError, parse
 from training import say
 
 STAGES = ("base", "sft", "ppo_no_ptx", "ppo")       # the furthest last

@@ -18,13 +18,14 @@ import time
 from dataclasses import asdict
 from itertools import islice, repeat
 
+from config import UserError, parse     # before torch: see there
+
 import numpy as np
 import torch
 
 import data
 import training
 import world
-from config import UserError, parse
 from training import say
 
 

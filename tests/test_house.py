@@ -1,5 +1,7 @@
 """The house: a file imports only files above it, nothing but the promised packages, and it can be read on a screen."""
 import ast
+import os
+import subprocess
 import sys
 
 import pytest
@@ -70,3 +72,12 @@ def test_a_file_says_what_it_is_for(name):
 
 def test_the_whole_is_short():
     assert sum(len(source(name).splitlines()) for name in FILES) <= LINES
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere torch brings another OpenMP")
+@pytest.mark.parametrize("name", sorted(SCRIPTS))
+def test_threads_wait_as_config_says(name):
+    """The usual mistake: torch is imported before config.py has set how its threads wait, a third of the speed."""
+    env = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    said = subprocess.run([sys.executable, ROOT / f"{name}.py", "--help"], env=env | {"OMP_DISPLAY_ENV": "verbose"},
+                          capture_output=True, text=True).stderr
+    assert "GOMP_SPINCOUNT = '1000'" in said or "GOMP" not in said, said
