@@ -31,11 +31,13 @@ class TrainConfig(CommandConfig):  # what every training step understands
     resume: bool = False        # an interrupted run is continued anyway; insist that there is one
     fresh: bool = False         # begin anew, even where a finished or an interrupted run is there
     clip: float = 1.0           # the largest norm of the gradient
+    lora_rank: int = 0          # of the adapters that learn in place of the weights; 0 = all weights learn
 
 
 @dataclass(frozen=True)
 class SFTConfig(TrainConfig):   # step 0, pretraining, and step 1, supervised fine-tuning
     tokenizer: str = "bpe"      # the model: bpe, trained on the data; gpt2: tiktoken's
+    init: str = ""              # a GPT-2 checkpoint to start from: its folder, or the .safetensors file
     vocab_size: int = 2048      # of the trained tokenizer, its 4 special tokens included
     block_size: int = 256       # tokens of context
     n_layer: int = 4
@@ -67,6 +69,8 @@ class SFTConfig(TrainConfig):   # step 0, pretraining, and step 1, supervised fi
 @dataclass(frozen=True)
 class RewardConfig(TrainConfig):  # step 2: comparisons, and the reward model
     from_: str = "sft"          # whose answers are ranked: stages, with commas between them
+    objective: str = "reward"   # reward: a reward model; dpo: no such model, a policy from the same rankings
+    dpo_beta: float = 0.1       # β of DPO: price of a nat of KL
     prompts: int = 6000         # prompts whose answers are ranked
     min_k: int = 4              # answers to a prompt (InstructGPT: 4 to 9)
     max_k: int = 9
@@ -84,6 +88,8 @@ class RewardConfig(TrainConfig):  # step 2: comparisons, and the reward model
 @dataclass(frozen=True)
 class PPOConfig(TrainConfig):   # step 3: PPO with the pretraining gradient mixed in
     reward: str = "model"       # model: step 2's; execution: the exact check; FILE.py:function: your own
+    advantage: str = "gae"      # gae: by the value model; group: GRPO, against other answers to the prompt
+    group: int = 4              # answers to one prompt with --advantage group
     iterations: int = 40
     episodes: int = 512         # answers an iteration, each used once
     minibatches: int = 8        # optimiser steps an iteration
@@ -121,12 +127,18 @@ class SampleConfig(CommandConfig):  # using a trained model
     chat: bool = False          # a conversation
     execute: bool = False       # run the Python that it wrote, in the sandbox
     compare: bool = False       # all stages of the run answer, side by side: the prompt, or a few fixed ones
+    rank: str = ""              # rank answers yourself; the rankings are appended to this JSONL file
+    prompts: str = ""           # with --rank: a file of prompts whose answers are ranked
+    serve: bool = False         # with --rank: in a web page on this machine
+    init: str = ""              # a GPT-2 checkpoint instead of a run: its folder, or the .safetensors file
 
 
 @dataclass(frozen=True)
 class EvaluateConfig(CommandConfig):  # measuring the stages of a run
     per_category: int = 120     # test prompts of each category
     batch_size: int = 256       # prompts answered side by side
+    best_of: int = 4            # best-of-n of the SFT model by the reward model, up to this n; 1 = off
+    seeds: int = 1              # runs of the whole recipe, with seeds 1, 2, ..., to make where they lack
 
 
 PRESETS = {"tiny": {},          # preset -> step -> what it changes; tiny: minutes on a laptop CPU
@@ -140,9 +152,10 @@ CONFIGS = {"sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig, "sample":
            "evaluate": EvaluateConfig}
 ALLOWED = {     # field -> its words, or its least and greatest value; of other numbers by their type
     "config": tuple(PRESETS), "dtype": ("auto", "fp32", "bf16"), "tokenizer": ("bpe", "gpt2"),
-    "flash": ("auto", "yes", "no"), "min_k": (2, 9), "max_k": (2, 9), "top_p": (1e-6, 1), float: (0, 1e6),
+    "flash": ("auto", "yes", "no"), "objective": ("reward", "dpo"), "advantage": ("gae", "group"),
+    "group": (2, 64), "best_of": (1, 64), "min_k": (2, 9), "max_k": (2, 9), "top_p": (1e-6, 1), float: (0, 1e6),
     **dict.fromkeys("ptx_share sft_dropout ema".split(), (0, 0.999_999)), "unfinished_score": (-1e6, 1e6),
-    **dict.fromkeys("threads steps seed warmup recital_steps top_k".split(), (0, inf)), int: (1, inf)}
+    **dict.fromkeys("threads steps seed warmup recital_steps top_k lora_rank".split(), (0, inf)), int: (1, inf)}
 YES_NO = {"yes": True, "true": True, "1": True, "no": False, "false": False, "0": False}
 
 

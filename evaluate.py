@@ -1,22 +1,31 @@
 """What each step bought: the stages of a run answer held-out prompts, and the exact judge decides.
 
-    python evaluate.py --config tiny
+    python evaluate.py --config tiny                    the stages that the run has, and best-of-4 of its SFT model
+    python evaluate.py --config tiny --best-of 64       reward model and judge against KL, up to best-of-64
+    python evaluate.py --config tiny --seeds 3          the whole recipe three times, what is missing of it: mean, range
 
-Prints tables and writes <run>/evaluation.json; an estimate is always {"mean", "low", "high", "n"}, with its
-95 % interval. Temperature 1, except in the keys that end in _greedy. `base_few_shot` is the pretrained model,
-shown three examples of the category before each question; the others read the bare prompt."""
+Prints tables in Markdown, and writes them, figures and answers as <run>/report.html and all numbers as
+<run>/evaluation.json; an estimate is always {"mean", "low", "high", "n"}, with its 95 % interval (over seeds:
+the lowest and the highest). Temperature 1, except in the keys that end in _greedy. `base_few_shot` is the
+pretrained model, shown three examples of the category before each question; the others read the bare prompt."""
+import base64
+import html
+import io
 import json
 import math
+import subprocess
+import sys
 from itertools import product
 
-from config import UserError, parse     # before torch: see there
+from config import PPOConfig, UserError, parse     # before torch: see there
 
+import numpy as np
 import torch
 
 import data
 import training
 import world
-from ppo import Episodes, kl_estimates
+from ppo import held_out, make_reward, sequence_kl
 from sft import held_out_loss, held_out_text, held_out_windows
 from training import say
 
@@ -76,42 +85,67 @@ def tabulate(tasks, verdicts):
             **{name: estimate([getattr(v, name) for v in verdicts]) for name in ("stopped", "plain", "kept")}}
 
 
-def kl(policy, reference, tokenizer, tasks, answers, cast):
-    """KL(π‖π_ref) in nats an answer, from answers sampled of π: the mean of Σ_t k1."""
-    first, device, found = 1 - policy.config.block_size, policy.wte.weight.device, []
-    prompts = [data.encode_prompt(tokenizer, *t.parts)[first:] for t in tasks]
-    for i in range(0, len(prompts), 64):
-        e = Episodes(prompts[i:i + 64], [a.ids for a in answers[i:i + 64]], tokenizer.pad, device)
-        with torch.no_grad():
-            k1, _, _ = kl_estimates(e.logprobs(policy, cast), e.logprobs(reference, cast))
-        found += (k1 * e.mask).sum(1).tolist()
-    return estimate(found)
+def best_of_n(proxy, values, n):
+    """Mean value of the best of n by proxy, over all subsets: proxy, values (M,N), n <= N -> (M,).
+
+    Unbiased (Nakano et al. 2021): of the C(N, n) subsets the i-th lowest proxy wins C(i-1, n-1).
+    """
+    N = proxy.shape[1]
+    share = torch.tensor([math.comb(i, n - 1) / math.comb(N, n) for i in range(N)], dtype=torch.float64)
+    return values.double().gather(1, proxy.argsort(1)) @ share
 
 
-def pretraining_loss(model, texts, cast):
-    """Held-out loss of step 0, in nats a token, on {name: ids}: what the alignment costs (InstructGPT 4.2)."""
-    return {name: held_out_loss(model, held_out_windows(ids, model.config.block_size, 64), cast)
-            for name, ids in texts.items()}
+def kl_of_best_of_n(n):
+    """KL(best-of-n policy, the policy itself) in nats, at most (Stiennon et al. 2020, G.3)."""
+    return math.log(n) - (n - 1) / n
 
 
-def show(title, columns, rows):
-    """A table: columns [name], rows {name: [estimate]}, in percent."""
-    say(f"\n{title}\n" + " " * 33 + "".join(f"{name[:10]:>11}" for name in columns))
-    for name, estimates in rows.items():
-        say(f"{name:33}" + "".join(f"{100 * e['mean']:10.1f}%" for e in estimates))
+def fit(kl, gain, rl):
+    """Gao et al. 2023, Eq. 1 with d = sqrt(KL): best-of-n R = d (α - β d), RL R = d (α - β log d) -> [α, β]"""
+    d = np.sqrt(np.asarray(kl, dtype=float))
+    slopes = np.stack([d, -d * (np.log(d) if rl else d)], axis=1)
+    return np.linalg.lstsq(slopes, np.asarray(gain, dtype=float), rcond=None)[0].tolist()
 
 
-def main():
-    config, _ = parse("evaluate", description=__doc__)
-    folder, device = training.run_path(config), training.pick_device(config.device)
-    training.set_up_cpu(config.threads)
-    cast = training.autocast(device, training.pick_dtype(config.dtype, device)[0])
-    stages = [s for s in ("base", "sft", "ppo_no_ptx", "ppo") if training.finished(folder, s)]
-    if not stages:
-        raise UserError(f"{folder} holds no model yet. Train one first: python sft.py --config tiny")
+def over_optimisation(config, folder, sft, tokenizer, tasks, device, cast):
+    """Proxy (the reward model) and gold against KL, along best-of-n and along PPO, as gains over SFT's mean
+    -> {path: [{"kl", "proxy", "gold"}], "fit": ...}, and {best_of_n: its verdicts}. Gao et al. 2023"""
+    score, _ = make_reward(PPOConfig(), folder, sft, tokenizer, cast, device)
+    training.progress(f"  best of {config.best_of}: {len(tasks) * config.best_of:,} answers", always=True)
+    many = [task for task in tasks for _ in range(config.best_of)]
+    found = respond(sft, tokenizer, many, False, 1.0, config, cast)
+    verdicts = world.judge_many(many, [a.text for a in found], [a.ended for a in found])
+    proxy = torch.tensor(score(many, [a.text for a in found])).view(len(tasks), -1)             # (M,N)
+    gold = torch.tensor([v.score for v in verdicts]).view(len(tasks), -1)
+    picked = {f"best_of_{n}": [verdicts[i * config.best_of + k] for i, k in enumerate(proxy[:, :n].argmax(1))]
+              for n in (4, 16, 64) if n <= config.best_of}
+    curves = {"best_of": [{"n": n, "kl": kl_of_best_of_n(n), **{
+        name: (best_of_n(proxy, x, n) - x.double().mean(1)).mean().item() for name, x in (("proxy", proxy), ("gold", gold))}}
+        for n in (2 ** i for i in range(1, 7)) if n <= config.best_of]}
+    if training.finished(folder, "ppo"):        # its own held-out prompts, and where it began on them
+        facts = json.loads((folder / "ppo.json").read_text(encoding="utf8"))["config"]
+        if facts["reward"] == "model":
+            val, ppo = world.tasks(facts["eval_prompts"], "val", facts["seed"]), PPOConfig(**facts)
+            start = held_out(sft, sft, tokenizer, val, score, ppo, cast)
+            rows = map(json.loads, (folder / "ppo.jsonl").read_text(encoding="utf8").splitlines())
+            curves["ppo"] = [{"kl": row["held_out_kl"], "proxy": row["proxy"] - start["proxy"], "gold": row["gold"] - start["gold"]}
+                             for row in rows if "held_out_kl" in row]
+    curves["fit"] = {path: {name: fit([p["kl"] for p in points], [p[name] for p in points], path == "ppo")
+                            for name in ("proxy", "gold")} for path, points in curves.items() if len(points) > 2}
+    return curves, picked
+
+
+def win_rate(a, b):
+    """P(a better) + ½ P(equal), prompt by prompt: two lists of verdicts -> [0, ½ or 1]"""
+    return [(x.score > y.score) + 0.5 * (x.score == y.score) for x, y in zip(a, b)]
+
+
+def measure(config, folder, stages, device, cast):
+    """Everything about the stages of one run -> what evaluation.json holds."""
     report = {"seed": config.seed, "seconds": {}, "kl": {}, "pretraining_loss": {}, "win_rate": {}}
     sets = {name: world.tasks(config.per_category * len(world.CATEGORIES), name) for name in SETS}
-    models, verdicts, tables, texts, test = {}, {}, {}, None, sets["test"]
+    models, verdicts, texts, test = {}, {}, None, sets["test"]
+    report["answers"] = [{"prompt": task.prompt} for task in test[:10]]
     for stage in stages:
         model, tokenizer, facts = training.load_model(folder, stage, device)
         label = FEW_SHOT if stage == "base" else stage
@@ -120,29 +154,151 @@ def main():
             found = respond(model, tokenizer, tasks, stage == "base", temperature, config, cast)
             judged = world.judge_many(tasks, [a.text for a in found], [a.ended for a in found])
             for key, value in tabulate(tasks, judged).items():
-                tables.setdefault(key + SETS[name] + greedy, {})[label] = value
-        for other, theirs in verdicts.items():      # found, judged: the last set's, test at temperature 1
-            report["win_rate"][f"{label}_vs_{other}"] = by_group(
-                test, [(a.score > b.score) + 0.5 * (a.score == b.score) for a, b in zip(judged, theirs)])
+                report.setdefault(key + SETS[name] + greedy, {})[label] = value
+            if name == "test" and greedy:
+                report["answers"] = [row | {label: a.text} for row, a in zip(report["answers"], found)]
         models[stage], verdicts[label], report["seconds"][stage] = model, judged, facts["seconds"]
         texts = texts or held_out_text(tokenizer, 0)        # the stages of a run share their tokenizer
-        report["pretraining_loss"][label] = pretraining_loss(model, texts, cast)
-        if stage.startswith("ppo"):
-            report["kl"][stage] = kl(model, models["sft"], tokenizer, test, found, cast)
+        report["pretraining_loss"][label] = {text: held_out_loss(model, held_out_windows(
+            ids, model.config.block_size, 64), cast) for text, ids in texts.items()}    # InstructGPT 4.2
+        if stage.startswith("ppo"):             # found: the last set's, test at temperature 1
+            report["kl"][stage] = estimate(sequence_kl(model, models["sft"], tokenizer, test, found, cast))
     if training.finished(folder, "reward"):
         report["reward_model"] = json.loads((folder / "reward.json").read_text(encoding="utf8"))["measured"]
-    report |= tables
-    training.save_atomically(report, folder / "evaluation.json")
+        if config.best_of > 1:
+            report["gold_proxy"], picked = over_optimisation(config, folder, models["sft"], tokenizer, test, device, cast)
+            for label, judged in picked.items():
+                verdicts[label] = judged
+                for key, value in tabulate(test, judged).items():
+                    report[key][label] = value
+    for a, b in ((a, b) for a in verdicts for b in verdicts if a != b and b in (FEW_SHOT, "sft", "best_of_4")):
+        report["win_rate"][f"{a}_vs_{b}"] = by_group(test, win_rate(verdicts[a], verdicts[b]))
+    return report
 
+
+def over_seeds(config, folder):
+    """The whole recipe with seeds 1, 2, ..., what is missing of it -> the reports, each number an estimate."""
+    reports = []
+    for seed in range(1, config.seeds + 1):
+        out = folder / f"seed{seed}"
+        for stage, script, *more in (("sft", "sft.py"), ("reward", "reward.py"), ("ppo", "ppo.py"),
+                                     ("ppo_no_ptx", "ppo.py", "--ptx-coef", "0"), ("", "evaluate.py")):
+            if not training.finished(out, stage):
+                words = script, "--config", config.config, "--seed", str(seed), "--out", str(out), *more
+                say("\n$ python " + " ".join(words))
+                if subprocess.run([sys.executable, *words]).returncode:
+                    raise UserError(f"python {' '.join(words)} failed. The same command goes on from there")
+        reports.append(json.loads((out / "evaluation.json").read_text(encoding="utf8")))
+    def merge(values):
+        first = values[0]
+        if isinstance(first, dict) and "low" not in first:
+            return {key: merge([v[key] for v in values]) for key in first if all(key in v for v in values)}
+        numbers = [v["mean"] if isinstance(v, dict) else v for v in values]
+        if not all(isinstance(n, (int, float)) for n in numbers):
+            return first                        # answers and curves: the first seed's
+        return {"mean": sum(numbers) / len(numbers), "low": min(numbers), "high": max(numbers), "n": len(numbers)}
+    return merge(reports)
+
+
+# ------------------------------------------------------------------------ what is printed and drawn
+def cell(value, scale=100.0, digits=1, interval=True):
+    """An estimate or a number as text: "74.9 (73.1-76.7)"; nothing where there is none."""
+    e = value if isinstance(value, dict) else {"mean": value}
+    mean, *ends = (f"{scale * e[key]:.{digits}f}" for key in ("mean", "low", "high") if e.get(key) is not None)
+    return f"{mean} ({'–'.join(ends)})" if ends and interval else mean
+
+
+def tables(report):
+    """The report as tables -> [(title, columns, {row: [str]})]"""
     for key in ("accuracy", "accuracy_greedy", "win_rate"):
-        show(key, ("overall", *world.CATEGORIES), {row: found.values() for row, found in report[key].items()})
-    show("overall, temperature 1", verdicts, {key: [e.get("overall", e) for e in found.values()]
-                               for key, found in sorted(tables.items()) if "greedy" not in key})
-    say("\nheld-out pretraining loss in nats a token, KL from the SFT model in nats an answer")
-    for row, losses in report["pretraining_loss"].items():
-        moved = f"   KL {report['kl'][row]['mean']:.2f}" if row in report["kl"] else ""
-        say(f"{row:33}documents {losses['documents']:.3f}   prose {losses['prose']:.3f}{moved}")
-    say(f"\n{len(test)} prompts a set; all numbers with their intervals are in {folder / 'evaluation.json'}")
+        yield key.replace("_", " ") + ", %", ("overall", *world.CATEGORIES), {
+            row: [cell(e, 100, int(category == "overall"), category == "overall") for category, e in found.items()]
+            for row, found in report[key].items()}
+    columns = {"gold": (1, 3), "plain": (100, 0), "kept": (100, 0), "stopped": (100, 0), "hallucination": (100, 0),
+               "accuracy_unseen_phrasing": (100, 1), "accuracy_unseen_combination": (100, 1), "kl": (1, 2)}
+    shown = {key: {row: cell(e.get("overall", e), *how) for row, e in report[key].items()} for key, how in columns.items()}
+    shown |= {text: {row: cell(losses[text], 1, 3) for row, losses in report["pretraining_loss"].items()}
+              for text in ("documents", "prose")}
+    yield ("all categories; kl in nats an answer, held-out documents and prose in nats a token, the rest in %",
+           [key.replace("_", " ") for key in shown],
+           {row: [rows.get(row, "") for rows in shown.values()] for row in report["gold"]})
+    if measured := report.get("reward_model"):
+        yield "reward model, held-out prompts", ["accuracy, %"], {
+            name.replace("_", " "): [cell(e)] for name, e in (measured | measured["categories"]).items()
+            if name in (*world.CATEGORIES, "right_against_wrong", "style", "ceiling", "agreement") or "accuracy" in name}
+
+
+def markdown(title, columns, rows):
+    lines = [[title, *columns], ["---"] * (len(columns) + 1), *([name, *cells] for name, cells in rows.items())]
+    return "\n".join("| " + " | ".join(line).replace("_", " ") + " |" for line in lines)
+
+
+def draw(report):
+    """Gains of gold and proxy over sqrt(KL), measured and fitted, and the win rates -> a PNG's bytes."""
+    try:
+        import matplotlib
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        return b""
+    curves = report.get("gold_proxy", {})
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for (path, name), colour in zip(product(("best_of", "ppo"), ("proxy", "gold")), plt.cm.Paired((1, 0, 5, 4))):
+        if points := curves.get(path):
+            d = np.sqrt([p["kl"] for p in points])
+            left.plot(d, [p[name] for p in points], "o", color=colour, label=f"{path.replace('_', '-')}, {name}")
+            if path in curves["fit"]:
+                (a, b), x = curves["fit"][path][name], np.linspace(min(d) / 2, max(d), 99)
+                left.plot(x, x * (a - b * (np.log(x) if path == "ppo" else x)), color=colour)
+    left.set(xlabel="square root of KL from the SFT model, nats", ylabel="gain over the SFT model")
+    left.axhline(0, color="grey", lw=0.8)
+    if curves:
+        left.legend(frameon=False)
+    rows = {name.replace("_", " "): found["overall"] for name, found in report["win_rate"].items()}
+    means = [100 * e["mean"] for e in rows.values()]
+    right.barh(list(rows), means, color="tab:blue", xerr=np.abs([[m - 100 * e["low"], 100 * e["high"] - m]
+                                                                for m, e in zip(means, rows.values())]).T if rows else None)
+    right.axvline(50, color="grey", lw=0.8)
+    right.set(xlabel="preferred by the judge, %", xlim=(0, 100))
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=130)
+    plt.close(figure)
+    return drawn.getvalue()
+
+
+def page(report):
+    """report.html: tables, figures and answers in one file that needs no other."""
+    parts = ["<!doctype html><meta charset=utf-8><title>What each step bought</title><style>body{font:15px/1.5 "
+             "system-ui;margin:2em auto;max-width:75em;padding:0 1em;color-scheme:light dark}td,th{padding:.2em .7em;"
+             "text-align:left;vertical-align:top;white-space:pre-wrap}img{max-width:100%;background:#fff}</style>"]
+    if drawn := draw(report):
+        parts.append(f'<img alt="gold and proxy against KL; win rates" src="data:image/png;base64,{base64.b64encode(drawn).decode()}">')
+    answers = {row["prompt"]: list(row.values())[1:] for row in report["answers"]}
+    for title, columns, rows in (*tables(report), ("ten prompts, greedy", list(report["answers"][0])[1:], answers)):
+        lines = [[title, *columns], *([name, *cells] for name, cells in rows.items())]
+        parts.append("<table>" + "".join("<tr><td>" + "<td>".join(map(html.escape, line)) for line in lines) + "</table><hr>")
+    return "\n".join(parts)
+
+
+def main():
+    config, _ = parse("evaluate", description=__doc__)
+    folder, device = training.run_path(config), training.pick_device(config.device)
+    training.set_up_cpu(config.threads)
+    cast = training.autocast(device, training.pick_dtype(config.dtype, device)[0])
+    if config.seeds > 1:
+        report = over_seeds(config, folder)
+    else:
+        stages = [s for s in ("base", "sft", "ppo_no_ptx", "ppo") if training.finished(folder, s)]
+        if not stages:
+            raise UserError(f"{folder} holds no model yet. Train one first: python sft.py --config tiny")
+        report = measure(config, folder, stages, device, cast)
+    training.save_atomically(report, folder / "evaluation.json")
+    training.save_atomically(page(report), folder / "report.html")
+    for table in tables(report):
+        say("\n" + markdown(*table))
+    n = report["accuracy"]["sft"]["overall"]["n"]
+    say(f"\nmean and lowest to highest of {n} seeds" if config.seeds > 1 else f"\n95 % intervals; {n} prompts a set")
+    say(f"{folder / 'report.html'}: tables, figures, answers; {folder / 'evaluation.json'}: all numbers")
 
 
 if __name__ == "__main__":

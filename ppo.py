@@ -4,6 +4,7 @@
     python ppo.py --config tiny --reward execution           the exact check instead
     python ppo.py --config tiny --reward mine.py:score       your own score(prompts, responses) -> floats
     python ppo.py --config tiny --ptx-coef 0                 no pretraining gradient: the stage ppo_no_ptx
+    python ppo.py --config tiny --advantage group            GRPO's advantage, no value model: the stage grpo
 
     maximise  E[ r(x,y) - β log π(y|x)/π_SFT(y|x) ] + γ E_pretrain[ log π(x) ]            InstructGPT Eq. 2
     γ weighs the pretraining gradient (`ptx_coef`); rewards are not discounted.
@@ -67,6 +68,17 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
         next_value = values[:, t] * mask[:, t]
         advantages[:, t] = advantage
     return advantages, (advantages + values) * mask
+
+
+def group_advantages(rewards, mask, group):
+    """GRPO's advantage (Shao et al. 2024, 4.1.2), no value model: rewards, mask (B,R) -> (B,R)
+
+    Neighbours in B, `group` at a time, answer the same prompt: A = (r - mean r) / std r of an answer's whole
+    reward r among them, at all its tokens. The KL is in r here; there it is a term of the loss.
+    """
+    r = rewards.sum(1).view(-1, group)
+    advantages = (r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + 1e-4)
+    return advantages.view(-1, 1) * mask
 
 
 def masked_mean(x, mask):
@@ -192,7 +204,9 @@ def assess(policy, reference, value, batches, cast):
     for rows, e in micro:
         mask[rows, :e.R] = e.mask.float()
         old[rows, :e.R], entropy[rows, :e.R] = e.logprobs(policy, cast, entropy=True)
-        ref[rows, :e.R], values[rows, :e.R] = e.logprobs(reference, cast), e.values(value, cast)
+        ref[rows, :e.R] = e.logprobs(reference, cast)
+        if value is not None:
+            values[rows, :e.R] = e.values(value, cast)
     return old * mask, ref * mask, values * mask, mask, masked_mean(entropy, mask).item()
 
 
@@ -205,8 +219,8 @@ def update(policy, value, minibatch, old, advantages, returns, old_values, mask,
         m, before = mask[rows, cut], old[rows, cut]
         logprobs = e.logprobs(policy, cast)
         loss = share * policy_loss(logprobs, before, advantages[rows, cut], m, config.clip_ratio)
-        v_loss = share * value_loss(e.values(value, cast), old_values[rows, cut], returns[rows, cut], m,
-                                    config.clip_value)
+        v_loss = torch.zeros(()) if value is None else share * value_loss(
+            e.values(value, cast), old_values[rows, cut], returns[rows, cut], m, config.clip_value)
         (loss + v_loss).backward()                                      # they share no weights
         ratio = ((logprobs.detach() - before) * m).exp()
         off = (ratio - 1).abs()
@@ -229,12 +243,39 @@ def summarise(steps, old, ref, values, returns, rewards, mask):
             "explained_variance": 1 - error.item() / max(spread.item(), 1e-8)}
 
 
-def held_out(policy, tokenizer, tasks, reward, config, cast):
-    """What judge and reward say of answers to held-out prompts: gold, right, proxy."""
+@torch.no_grad()
+def sequence_kl(policy, reference, tokenizer, tasks, answers, cast):
+    """Σ_t k1 of each answer, sampled of the policy: on average KL(π‖π_ref) in nats an answer -> [float]"""
+    first, device, found = 1 - policy.config.block_size, policy.wte.weight.device, []
+    prompts = [data.encode_prompt(tokenizer, *task.parts)[first:] for task in tasks]
+    for i in range(0, len(prompts), 64):
+        e = Episodes(prompts[i:i + 64], [a.ids for a in answers[i:i + 64]], tokenizer.pad, device)
+        k1, _, _ = kl_estimates(e.logprobs(policy, cast), e.logprobs(reference, cast))
+        found += (k1 * e.mask).sum(1).tolist()
+    return found
+
+
+def held_out(policy, reference, tokenizer, tasks, reward, config, cast):
+    """What the judge, where it knows the tasks, and the reward say of answers to held-out prompts; their KL."""
     _, answers, scores = rollout(policy, tokenizer, tasks, reward, config, config.seed, cast)
-    verdicts = world.judge_many(tasks, [a.text for a in answers], [a.ended for a in answers])
-    gold, right = (sum(getattr(v, name) for v in verdicts) / len(tasks) for name in ("score", "right"))
-    return {"gold": gold, "right": right, "proxy": scores.mean().item()}
+    moved = sequence_kl(policy, reference, tokenizer, tasks, answers, cast)
+    found = {"proxy": scores.mean().item(), "held_out_kl": sum(moved) / len(tasks)}
+    if not config.data:
+        verdicts = world.judge_many(tasks, [a.text for a in answers], [a.ended for a in answers])
+        found |= {name: sum(getattr(v, key) for v in verdicts) / len(tasks)
+                  for name, key in (("gold", "score"), ("right", "right"))}
+    return found
+
+
+def prompts_of(config):
+    """The tasks to answer, and those to measure on: the built-in world's, or the prompts of your own file."""
+    if not config.data:
+        return (world.tasks(config.prompts, "train", config.seed + 2000),
+                world.tasks(config.eval_prompts, "val", config.seed))
+    own = [world.Task("", instruction, input, "", (), history=tuple(history))
+           for instruction, input, history in data.read_prompts(config.data)]
+    pool, test = [task for i, task in enumerate(own) if i % 20] or own, own[::20][:config.eval_prompts]
+    return pool, test
 
 
 def health(row, past):
@@ -257,18 +298,22 @@ def health(row, past):
     return [text.format(**row) for wrong, text in checks if wrong]
 
 
+MEASURED = {"gold": "gold", "right": "right", "proxy": "score", "held_out_kl": "KL in nats an answer"}
 SHOWN = "score kl entropy length eos_rate ptx_loss rollout_s scoring_s update_s ptx_s".split()     # while it runs
 
 
 def main():
     config, origin = parse("ppo", description=__doc__)
-    for less, more in (("minibatches", "episodes"), ("episodes", "prompts"), ("ptx_window", "ptx_tokens")):
+    for less, more in (("minibatches", "episodes"), ("group", "episodes"), ("ptx_window", "ptx_tokens")):
         a, b = getattr(config, less), getattr(config, more)
         if a > b:
             raise UserError(f"{flag(less)} {a} is more than {flag(more)} {b}")
+    if config.advantage == "group" and config.episodes % config.group:
+        raise UserError(f"--episodes {config.episodes} do not divide into groups of --group {config.group}")
     started = time.perf_counter()
     folder, device, cast = training.begin("ppo", config, origin)
     policy, tokenizer, _ = training.load_model(folder, "sft", device)
+    group = config.group if config.advantage == "group" else 1
     reward, reward_model = make_reward(config, folder, policy, tokenizer, cast, device)
     corpora = sorted(folder.glob("corpus-*.npy"), key=lambda path: path.stat().st_mtime)
     if config.ptx_coef and not corpora:
@@ -277,20 +322,25 @@ def main():
     torch.manual_seed(training.seed_of(config.seed, "value"))
     reference, ema = copy.deepcopy(policy), copy.deepcopy(policy)
     value = copy.deepcopy(reward_model) if reward_model else RewardModel(policy).to(device)
+    value = value if config.advantage == "gae" else None
     gain, w0 = policy.ln_f.weight, {"weight_decay": 0.0}                # see deviation 4
     rest = [p for p in policy.parameters() if p is not gain]
     adam = training.adamw([{"params": rest, **w0}, {"params": [gain], "lr": config.gain_lr, **w0}], config.lr)
-    value_adam = training.adamw([{"params": list(value.parameters()), **w0}], config.value_lr)
-    stage = training.Stage(folder, "ppo" if config.ptx_coef else "ppo_no_ptx", config, config.iterations,
-                           policy=policy, value=value, ema=ema, adam=adam, value_adam=value_adam)
-    pool = world.tasks(config.prompts, "train", config.seed + 2000)
-    test = world.tasks(config.eval_prompts, "val", config.seed)
+    parts = {"policy": policy, "ema": ema, "adam": adam}
+    if value is not None:
+        value_adam = training.adamw([{"params": list(value.parameters()), **w0}], config.value_lr)
+        parts |= {"value": value, "value_adam": value_adam}
+    optimizers = [part for name, part in parts.items() if name.endswith("adam")]
+    name = "grpo" if value is None else "ppo" if config.ptx_coef else "ppo_no_ptx"
+    stage = training.Stage(folder, name, config, config.iterations, **parts)
+    pool, test = prompts_of(config)
     say(f"step 3: {stage.steps} iterations of {config.episodes} answers, stage {stage.name}")
 
     for iteration in stage:
         seeds, seed = [config.seed, iteration], training.seed_of(config.seed, iteration)
         clock, ptx_seconds = [time.perf_counter()], 0.0
-        tasks = random.Random(str(seeds)).sample(pool, config.episodes)
+        drawn = random.Random(str(seeds)).sample(pool * -(-config.episodes // len(pool)), config.episodes // group)
+        tasks = [task for task in drawn for _ in range(group)]
         prompts, answers, score = rollout(policy, tokenizer, tasks, reward, config, seed, cast)
         clock.append(time.perf_counter())
         sizes = [len(prompt) + len(answer.ids) for prompt, answer in zip(prompts, answers)]
@@ -299,11 +349,14 @@ def main():
                                     tokenizer.pad, device)) for rows in micro] for micro in cuts]
         old, ref, values, mask, entropy = assess(policy, reference, value, batches, cast)
         rewards = token_rewards(score.to(device), old, ref, mask, config.beta)
-        advantages, returns = gae(rewards, values, mask, config.gamma, config.lam)
-        advantages = whiten(advantages, mask)                           # after the returns (RECIPE O10)
+        if value is None:
+            advantages, returns = group_advantages(rewards, mask, group), values
+        else:
+            advantages, returns = gae(rewards, values, mask, config.gamma, config.lam)
+            advantages = whiten(advantages, mask)                       # after the returns (RECIPE O10)
         clock.append(time.perf_counter())
 
-        lr, steps = training.set_lr([adam, value_adam], min(1.0, 0.1 + 0.9 * iteration / config.warmup)), []
+        lr, steps = training.set_lr(optimizers, min(1.0, 0.1 + 0.9 * iteration / config.warmup)), []
         for i, minibatch in enumerate(batches):                         # one epoch: each episode once
             found = update(policy, value, minibatch, old, advantages, returns, values, mask, config, cast)
             if config.ptx_coef:                             # γ ∇ E_pretrain[-log π], into the same gradient
@@ -312,7 +365,8 @@ def main():
                 found["ptx_loss"] = accumulate(policy, [text], cast, config.ptx_coef)
                 ptx_seconds += time.perf_counter() - start
             found["norm"] = stage.update([adam], found["policy_loss"], config.clip)
-            stage.update([value_adam], found["value_loss"], config.clip)
+            if value is not None:
+                stage.update([value_adam], found["value_loss"], config.clip)
             ema_update(ema, policy, config.ema)
             steps.append(found)
 
@@ -322,9 +376,9 @@ def main():
                 "eos_rate": sum(answer.ended for answer in answers) / len(answers), "rollout_s": clock[1] - clock[0],
                 "scoring_s": clock[2] - clock[1], "update_s": clock[3] - clock[2] - ptx_seconds, "ptx_s": ptx_seconds}
         if (iteration + 1) % config.eval_every == 0 or iteration + 1 == stage.steps:
-            row |= held_out(ema, tokenizer, test, reward, config, cast)
-            say("  {} {}: held-out gold {gold:.3f}, right {right:.3f}, score {proxy:+.2f}; KL {kl:.2f} nats".format(
-                stage.name, iteration + 1, **row))
+            row |= held_out(ema, reference, tokenizer, test, reward, config, cast)
+            say(f"  {stage.name} {iteration + 1}: held-out " + ", ".join(
+                f"{label} {row[key]:.3f}" for key, label in MEASURED.items() if key in row))
         for warning in health(row, stage.history):
             say(f"  ! {stage.name} {iteration + 1}: {warning}")
         stage.log(tokens=int(mask.sum()), shown=SHOWN, **row)

@@ -3,6 +3,7 @@
     python reward.py --config tiny                       the SFT model answers, the labelers rank, it learns
     python reward.py --config tiny --from sft,ppo        second round: the labelers rank PPO's answers too
     python reward.py --config tiny --data mine.jsonl     your own rankings
+    python reward.py --config tiny --objective dpo       no reward model: DPO trains a policy on the same rankings
 
 The built-in labelers rank by the exact judge's score, their taste and noise (`world.rank`). The reward model
 sees only their rankings; it is then measured against them, and against the judge that it never saw.
@@ -36,6 +37,15 @@ from model import token_logprobs
 from training import say
 
 
+def answer_logprobs(gpt, x, tokens, mask, after):
+    """log π of the tokens behind the last `after` (an id) of each row, zeros elsewhere: x (B,T,C) -> (B,T)"""
+    answer = (tokens == after).flip(1).cumsum(1).flip(1) == 0
+    answer &= F.pad(torch.ones_like(tokens[:, 1:]) if mask is None else mask[:, 1:], (1, 0)).bool()
+    x, y = x[answer.roll(-1, 1)], tokens[answer]        # the n answer tokens, and what stands before each
+    logprobs = token_logprobs(gpt.unembed(x)[:, None].expand(-1, 2, -1), y[:, None].expand(-1, 2))      # (n,1)
+    return logprobs.new_zeros(tokens.shape).masked_scatter(answer, logprobs)
+
+
 class RewardModel(nn.Module):
     """A GPT with one scalar a token in place of the unembedding's logits; owns a copy of the trunk.
 
@@ -59,16 +69,30 @@ class RewardModel(nn.Module):
         scores = self.head(x).squeeze(-1).float() + self.shift                      # (B,T)
         if self.answer_after < 0:
             return scores
-        answer = (tokens == self.answer_after).flip(1).cumsum(1).flip(1) == 0     # (B,T) after its last
-        answer &= F.pad(torch.ones_like(tokens[:, 1:]) if mask is None else mask[:, 1:], (1, 0)).bool()
-        x, y = x[answer.roll(-1, 1)], tokens[answer]        # n answer tokens, and what stands before each
-        logprobs = token_logprobs(self.trunk.unembed(x)[:, None].expand(-1, 2, -1), y[:, None].expand(-1, 2))
-        return scores + self.w * torch.zeros_like(scores).masked_scatter(answer, logprobs).cumsum(1)
+        return scores + self.w * answer_logprobs(self.trunk, x, tokens, mask, self.answer_after).cumsum(1)
 
     def score(self, tokens, mask):
         """-> (B,): the score at the last real token of each row."""
         last = (torch.arange(tokens.shape[1], device=tokens.device) * mask).argmax(1)           # (B,)
         return self(tokens, mask).gather(1, last[:, None]).squeeze(1)
+
+
+class ImplicitReward(nn.Module):
+    """What a policy's own log-probs say of an answer: r(x,y) = β log π(y|x) / π_ref(y|x).   DPO Eq. 5
+
+    `ranking_loss` of it is DPO's loss (Rafailov et al. 2023, Eq. 7, and for K answers their appendix A.3).
+    """
+
+    def __init__(self, gpt, answer_after, beta):
+        super().__init__()
+        self.policy, self.reference = copy.deepcopy(gpt), copy.deepcopy(gpt).requires_grad_(False)
+        self.answer_after, self.beta = answer_after, beta
+
+    def score(self, tokens, mask):
+        """-> (B,)"""
+        pi, ref = (answer_logprobs(gpt, gpt.hidden(tokens, mask), tokens, mask, self.answer_after).sum(1)
+                   for gpt in (self.policy, self.reference))
+        return self.beta * (pi - ref)
 
 
 def preferred(ranks):
@@ -114,7 +138,8 @@ def score_groups(model, groups, pad, cast):
     """N lists of up to K id lists -> scores (N,K), 0 where there is none; one forward a completion."""
     tokens, real, _ = data.collate([(ids, [1] * len(ids)) for group in groups for ids in group], pad)
     with cast:
-        scores = model.score(tokens.to(model.w.device), real.to(model.w.device))     # (sum of K,)
+        device = next(model.parameters()).device
+        scores = model.score(tokens.to(device), real.to(device))                    # (sum of K,)
     return pad_sequence(scores.split(list(map(len, groups))), batch_first=True)
 
 
@@ -189,7 +214,7 @@ def train(config, folder, model, groups, pad, cast):
     lengths = [max(map(len, ids)) for ids, _ in groups]
     batches = data.epoch_batches(lengths, config.batch_prompts, (config.seed, "reward"))
     both = adamw, muon = training.muon_and_adamw(model, config.matrix_lr, config.lr, config.weight_decay)
-    stage = training.Stage(folder, "reward", config, min(config.steps or len(batches), len(batches)),
+    stage = training.Stage(folder, config.objective, config, min(config.steps or len(batches), len(batches)),
                            model=model, adamw=adamw, muon=muon)
     for step in stage:
         lr = training.set_lr(both, training.cosine(step, stage.steps, min(config.warmup, stage.steps // 10)))
@@ -204,9 +229,9 @@ def train(config, folder, model, groups, pad, cast):
     return stage
 
 
-def measure(model, tokenizer, tasks, groups, seed, cast):
+def measure(model, tokenizer, tasks, groups, seed, size, cast):
     """How good are the scores of answers to held-out prompts? -> what reward.json says of it."""
-    r, size = random.Random(f"measure {seed}"), model.trunk.config.block_size
+    r = random.Random(f"measure {seed}")
     ids = [encode(tokenizer, task.parts, [a for a, _ in group], size) for task, group in zip(tasks, groups)]
     scores = score_many(model, ids, tokenizer.pad, cast)
     gold = preferred(table([world.ranks_of([verdict.score for _, verdict in group]) for group in groups]))
@@ -236,7 +261,8 @@ def main():
     sft, tokenizer, _ = training.load_model(folder, "sft", device)
     size = sft.config.block_size
     torch.manual_seed(training.seed_of(config.seed, "reward"))
-    model = RewardModel(sft, tokenizer.assistant if config.likelihood else None).to(device)
+    model = (RewardModel(sft, tokenizer.assistant if config.likelihood else None) if config.objective == "reward" else
+             ImplicitReward(sft, tokenizer.assistant, config.dpo_beta)).to(device)
     if config.data:     # every twentieth of the user's comparisons is held out
         comparisons, skipped = data.read_comparisons(config.data)
         say(f"step 2: {len(comparisons):,} comparisons in {config.data}; skipped: {skipped or 'none'}")
@@ -255,7 +281,7 @@ def main():
     else:
         tasks = world.tasks(config.eval_prompts, "val", config.seed)
         answers = sample_groups([sft], tokenizer, tasks, config, (config.seed, "val"), cast, mixed=False)
-        found = measure(model, tokenizer, tasks, answers, config.seed, cast)
+        found = measure(model, tokenizer, tasks, answers, config.seed, size, cast)
         demonstrations = world.demonstrations(400, "val", config.seed)
         zero = [encode(tokenizer, task.parts, [answer], size) for task, answer in demonstrations]
     say("  on held-out prompts (gold: the judge's order; ceiling: the labelers in it):"
@@ -264,10 +290,13 @@ def main():
         say("    accuracy_gold by category: " + ", ".join(f"{c} {a or 0:.2f}" for c, a in found["categories"].items())
             + "\n    preference, predicted and observed: "
             + ", ".join(f"{p:.2f} {o:.2f}" for p, o, _ in found["reliability"]))
-    # The scores' zero is arbitrary: put it where demonstrations are (InstructGPT 3.5). Their scale stays.
-    model.shift -= score_many(model, zero, tokenizer.pad, cast).sum().to(device) / sum(map(len, zero))
-    stage.finish(model.state_dict(), model=asdict(sft.config), parent="sft", measured=found)
-    say(f"done in {training.clock(time.perf_counter() - started)}. Next: python ppo.py --out {folder}")
+    if config.objective == "reward":
+        # The scores' zero is arbitrary: put it where demonstrations are (InstructGPT 3.5). Their scale stays.
+        model.shift -= score_many(model, zero, tokenizer.pad, cast).sum().to(device) / sum(map(len, zero))
+    stage.finish((model if config.objective == "reward" else model.policy).state_dict(), model=asdict(sft.config),
+                 parent="sft", measured=found)
+    following = "ppo.py" if config.objective == "reward" else "evaluate.py"
+    say(f"done in {training.clock(time.perf_counter() - started)}. Next: python {following} --out {folder}")
 
 
 if __name__ == "__main__":

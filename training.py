@@ -283,7 +283,8 @@ def finished(folder, stage):
 def load_model(folder, stage, device="cpu"):
     """The model of a finished stage -> (GPT, Tokenizer, what <stage>.json says)."""
     folder = Path(folder)
-    made_by = {"base": "sft.py", "sft": "sft.py", "ppo": "ppo.py", "ppo_no_ptx": "ppo.py --ptx-coef 0"}
+    made_by = {"base": "sft.py", "sft": "sft.py", "ppo": "ppo.py", "ppo_no_ptx": "ppo.py --ptx-coef 0",
+               "grpo": "ppo.py --advantage group", "dpo": "reward.py --objective dpo"}
     if stage not in made_by:
         raise UserError(f"{folder} has no finished {stage}. Stages: {', '.join(made_by)}")
     if not finished(folder, stage):

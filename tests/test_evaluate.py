@@ -3,6 +3,7 @@ import contextlib
 import json
 import math
 import random
+from itertools import combinations
 from types import SimpleNamespace
 
 import pytest
@@ -164,16 +165,107 @@ def test_the_report(evaluated):
     assert report["hallucination"]["sft"]["n"] == report["hallucination"]["base_few_shot"]["n"], "the same prompts"
 
 
-def test_the_table(evaluated):
-    """A row for each stage, a column for each category; nothing half-written is left."""
+def test_the_tables(evaluated):
+    """Markdown, as it stands in the README: a row for each stage; nothing half-written is left."""
     report, printed, folder = evaluated
-    assert printed.count("\nbase_few_shot") == printed.count("\nsft   ") >= 3
+    assert printed.count("\n| base few shot |") == printed.count("\n| sft |") >= 3
     assert "18 prompts a set" in printed and not list(folder.glob("*.tmp"))
-    line = next(line for line in printed.splitlines() if line.startswith("sft   "))
-    assert [float(cell.rstrip("%")) for cell in line.split()[1:]] == pytest.approx(
-        [100 * report["accuracy"]["sft"][c]["mean"] for c in ("overall", *world.CATEGORIES)], abs=0.06)
+    line = next(line for line in printed.splitlines() if line.startswith("| sft |"))
+    assert [float(cell.split()[0]) for cell in line.strip("| ").split(" | ")[1:]] == pytest.approx(
+        [100 * report["accuracy"]["sft"][c]["mean"] for c in ("overall", *world.CATEGORIES)], abs=0.51)
+
+
+def test_the_page_needs_nothing_else(evaluated):
+    """report.html: a figure inside the file, ten prompts with their answers, escaped."""
+    _, _, folder = evaluated
+    text = (folder / "report.html").read_text(encoding="utf8")
+    assert 'src="data:image/png;base64,' in text and "http" not in text
+    report = json.loads((folder / "evaluation.json").read_text())
+    assert len(report["answers"]) == 10 and all(set(row) == {"prompt", *ROWS} for row in report["answers"])
+    report["answers"][0]["sft"] = "<script>alert(1)</script>"
+    assert "<script>" not in evaluate.page(report) and "&lt;script&gt;" in evaluate.page(report)
 
 
 def test_nothing_to_measure(tmp_path, run):
     done = run("evaluate", "--out", tmp_path)
     assert done.code == 2 and done.out.count("\n") == 1 and "python sft.py" in done.out
+
+
+# ---------------------------------------------------------------- best of n, and what it costs in KL
+
+@pytest.mark.parametrize("n", [1, 2, 3, 7])
+def test_best_of_n_is_the_mean_over_all_subsets(n):
+    """Usual mistake: the best of the first n, which throws samples away, or n draws with replacement."""
+    g = torch.Generator().manual_seed(n)
+    proxy, values = torch.randn(2, 5, 7, generator=g, dtype=torch.float64)
+    for p, v, found in zip(proxy.tolist(), values.tolist(), evaluate.best_of_n(proxy, values, n).tolist()):
+        winners = [v[max(subset, key=p.__getitem__)] for subset in combinations(range(7), n)]
+        assert found == pytest.approx(sum(winners) / len(winners), abs=1e-12)
+
+
+def test_the_kl_of_best_of_n():
+    """Of n draws the best: the density of its quantile u is n u^(n-1), whose KL from uniform is ln n - (n-1)/n."""
+    for n in (1, 2, 4, 64):
+        us = (torch.arange(1, 200_001, dtype=torch.float64) - 0.5) / 200_000
+        density = n * us ** (n - 1)
+        assert evaluate.kl_of_best_of_n(n) == pytest.approx(torch.xlogy(density, density).mean().item(), abs=1e-4)
+
+
+@pytest.mark.parametrize("rl", [False, True])
+def test_the_fit_recovers_alpha_and_beta(rl):
+    """Gao et al. Eq. 1 with known coefficients. Usual mistake: KL itself for its square root."""
+    kl = [0.1, 0.5, 1.3, 2.9, 7.1]
+    gains = [math.sqrt(k) * (0.7 - 0.2 * (math.log(math.sqrt(k)) if rl else math.sqrt(k))) for k in kl]
+    assert evaluate.fit(kl, gains, rl) == pytest.approx([0.7, 0.2], abs=1e-9)
+
+
+def test_a_win_rate_is_antisymmetric():
+    """Ties are half a win: of two models the rates add up to one, and against itself a model wins half."""
+    tasks = world.tasks(18, "val")
+    good, bad = (world.judge_many(tasks, answers) for answers in ([t.output for t in tasks], ["?"] * 18))
+    mixed = good[:11] + bad[11:]
+    for a, b in ((good, bad), (mixed, good), (bad, mixed)):
+        assert [x + y for x, y in zip(evaluate.win_rate(a, b), evaluate.win_rate(b, a))] == [1] * 18
+        assert evaluate.win_rate(a, a) == [0.5] * 18
+    assert evaluate.win_rate(mixed, good) == [0.5] * 11 + [0] * 7
+
+
+def test_no_trick_beats_the_judge():
+    """Policies without any skill score below 0.51; an SFT model scores 0.79 (README)."""
+    tasks = world.tasks(180, "test")
+    longest = max((t.output for t in tasks), key=len)
+    every = {c: ", ".join({t.output for t in tasks if t.category == c}) for c in world.CATEGORIES}
+    tricks = {"nothing": lambda t: "", "the longest answer": lambda t: longest, "the prompt": lambda t: t.prompt,
+              "a refusal": lambda t: world.REFUSAL[t.language], "all answers": lambda t: every[t.category],
+              "the text": lambda t: t.input or t.instruction, "a dot": lambda t: "."}
+    for name, trick in tricks.items():
+        verdicts = world.judge_many(tasks, [trick(t) for t in tasks])
+        assert sum(v.score for v in verdicts) / len(tasks) < 0.55 and sum(v.right for v in verdicts) < 0.1 * len(tasks), name
+
+
+def test_seeds_give_mean_and_range(tmp_path, run, monkeypatch):
+    """Only what is missing is run, in order; the summary holds mean, lowest and highest, not a pooled interval."""
+    ran, made = [], {}
+
+    def pretend(words):
+        ran.append([word for word in words[1:] if word != "--config"])
+        folder = tmp_path / f"seed{words[words.index('--seed') + 1]}"
+        folder.mkdir(exist_ok=True)
+        stage = {"sft.py": "sft", "reward.py": "reward"}.get(words[1], "ppo_no_ptx" if "--ptx-coef" in words else "ppo")
+        if words[1] == "evaluate.py":
+            mean = [0.7, 0.5, 0.9][int(folder.name[-1]) - 1]
+            estimate = {"mean": mean, "low": mean - 0.1, "high": mean + 0.1, "n": 120}
+            made[folder.name] = {"accuracy": {"sft": {"overall": estimate}}, "kl": {}, "seed": 1, "answers": []}
+            (folder / "evaluation.json").write_text(json.dumps(made[folder.name]))
+        else:
+            for ending in ("pt", "json"):
+                (folder / f"{stage}.{ending}").touch()
+        return SimpleNamespace(returncode=0)
+    monkeypatch.setattr(evaluate.subprocess, "run", pretend)
+    (tmp_path / "seed2").mkdir()
+    for ending in ("pt", "json"):
+        (tmp_path / "seed2" / f"sft.{ending}").touch()
+    found = evaluate.over_seeds(EvaluateConfig(seeds=3), tmp_path)
+    assert found["accuracy"]["sft"]["overall"] == pytest.approx({"mean": 0.7, "low": 0.5, "high": 0.9, "n": 3})
+    assert [words[0] for words in ran] == (["sft.py", "reward.py", "ppo.py", "ppo.py", "evaluate.py"] * 3)[:5] + [
+        "reward.py", "ppo.py", "ppo.py", "evaluate.py"] + ["sft.py", "reward.py", "ppo.py", "ppo.py", "evaluate.py"]

@@ -718,7 +718,7 @@ def test_run_keeps_the_average(ppo_run):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--prompts", 22, "--episodes", 23], ["--episodes 23", "--prompts 22"]),
+    (["--advantage", "group", "--episodes", 22, "--group", 4], ["--episodes 22", "--group 4"]),
     (["--episodes", 7, "--minibatches", 8], ["--minibatches 8", "--episodes 7"]),
     (["--ptx-tokens", 64, "--ptx-window", 128], ["--ptx-window 128", "--ptx-tokens 64"])], ids=str)
 def test_too_few_of_something(flags, words, run, tmp_path):
@@ -726,3 +726,54 @@ def test_too_few_of_something(flags, words, run, tmp_path):
     done = run("ppo", *flags, "--out", tmp_path / "none")
     assert done.code == 2 and done.out.count("\n") == 1 and not (tmp_path / "none").exists()
     assert all(word in done.out for word in words)
+
+
+# ---------------------------------------------------------------- GRPO
+
+def test_group_advantages_by_hand():
+    """Within a prompt's own answers, whole rewards, the same at every token; pads get none.
+
+    Usual mistakes: groups are cut across prompts; the rewards of the tokens are whitened, not those of the answers.
+    """
+    g = torch.Generator().manual_seed(0)
+    rewards = torch.randn(15, 7, generator=g, dtype=torch.float64)
+    mask = (torch.arange(7) < torch.randint(1, 8, (15, 1), generator=g)).double()
+    rewards *= mask
+    found = ppo.group_advantages(rewards, mask, 5)
+    for first in range(0, 15, 5):
+        whole = [sum(rewards[i].tolist()) for i in range(first, first + 5)]
+        mean = sum(whole) / 5
+        std = (sum((r - mean) ** 2 for r in whole) / 4) ** 0.5
+        for i, r in zip(range(first, first + 5), whole):
+            assert found[i].tolist() == pytest.approx([(r - mean) / (std + 1e-4) * m for m in mask[i].tolist()], abs=1e-10)
+
+
+def test_equal_answers_teach_nothing():
+    """A prompt that is always answered equally well: no advantage, and no division by zero."""
+    found = ppo.group_advantages(torch.full((8, 3), 0.7), torch.ones(8, 3), 4)
+    assert torch.equal(found, torch.zeros(8, 3))
+
+
+def test_grpo_from_the_command_line(ppo_run, run, tmp_path, monkeypatch):
+    """Every prompt is answered `group` times, side by side, and no value model is trained; the stage is grpo."""
+    folder, asked = shutil.copytree(ppo_run.folder, tmp_path / "run"), []
+    original = ppo.rollout
+    monkeypatch.setattr(ppo, "rollout", lambda policy, tok, tasks, *rest: asked.append(tasks) or original(policy, tok, tasks, *rest))
+    done = run("ppo", *SMALL, "--advantage", "group", "--group", 2, "--episodes", 22, "--out", folder)
+    assert done.code == 0, done.out
+    pairs = asked[0][::2], asked[0][1::2]
+    assert pairs[0] == pairs[1] and len({task.prompt for task in pairs[0]}) == len(pairs[0])
+    assert training.load_model(folder, "grpo")[2]["parent"] == "sft"
+    rows = [json.loads(line) for line in (folder / "grpo.jsonl").read_text().splitlines()]
+    assert all(row["value_loss"] == 0 for row in rows)
+
+
+def test_prompts_of_your_own(ppo_run, run, tmp_path):
+    """Without a judge: reward and KL are measured on every twentieth prompt, which is not trained on."""
+    folder, path = shutil.copytree(ppo_run.folder, tmp_path / "run"), tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"Say {i}."}) + "\n" for i in range(43)), encoding="utf8")
+    done = run("ppo", *SMALL, "--data", path, "--fresh", "--out", folder)
+    assert done.code == 0, done.out
+    row = json.loads((folder / "ppo.json").read_text())["last"]
+    assert "gold" not in row and row["held_out_kl"] != 0 and math.isfinite(row["proxy"])
+    assert "gold" not in done.out.partition("step 3")[2]

@@ -378,5 +378,58 @@ def test_equal_scores_correlate_with_nothing():
     torch.nn.init.zeros_(model.head.weight)
     tasks = world.tasks(2, "val")
     groups = [list(zip(["a", "bb"], world.judge_many([task] * 2, ["a", "bb"]))) for task in tasks]
-    found = reward.measure(model, tokenizer, tasks, groups, 0, PLAIN)
+    found = reward.measure(model, tokenizer, tasks, groups, 0, 64, PLAIN)
     assert found["length_correlation"] is None and None in found["categories"].values()
+
+
+# ---------------------------------------------------------------- DPO, on the same rankings
+
+def dpo_batch():
+    """Three texts of one prompt each, padded on the right; what stands behind the last ASSISTANT is the answer."""
+    rows = [text(5, seed)[:-1] + [ASSISTANT] + text(size, seed + 9) for seed, size in ((1, 2), (2, 7), (3, 4))]
+    return data.collate([(ids, [1] * len(ids)) for ids in rows], PAD)[:2], rows
+
+
+def test_the_implicit_reward_by_hand():
+    """DPO Eq. 5, token by token in float64: β Σ (log π - log π_ref) over the answer and nothing else.
+
+    Usual mistakes: the prompt's tokens are in the sum, the last token is not, pads are.
+    """
+    (tokens, real), rows = dpo_batch()
+    model = reward.ImplicitReward(tiny(1), ASSISTANT, beta=0.3).double()
+    model.reference.load_state_dict(tiny(2).state_dict())
+    found = model.score(tokens, real)
+    for row, score in zip(rows, found):
+        ids, first = torch.tensor([row]), len(row) - row[::-1].index(ASSISTANT)
+        pi, ref = (token_logprobs(gpt(ids), ids)[0, first - 1:].sum() for gpt in (model.policy, model.reference))
+        assert score.item() == pytest.approx(0.3 * (pi - ref).item(), abs=1e-10)
+
+
+def test_dpo_is_the_ranking_loss_of_the_implicit_reward():
+    """DPO Eq. 7 for two answers; at the start the policy is the reference, and the loss ln 2. The reference stays."""
+    (tokens, real), _ = dpo_batch()
+    model = reward.ImplicitReward(tiny(1), ASSISTANT, beta=0.3).double()
+    scores = model.score(tokens[:2], real[:2])[None]
+    loss = ranking_loss(scores, torch.tensor([[1, 0]]))
+    assert scores.abs().max() < 1e-12 and loss.item() == pytest.approx(math.log(2))
+    loss.backward()
+    assert all(p.grad is None and not p.requires_grad for p in model.reference.parameters())
+    with torch.no_grad():                       # downhill the second answer, which is preferred, rises
+        for p in model.policy.parameters():
+            if p.grad is not None:
+                p -= 0.05 * p.grad
+    worse, better = model.score(tokens[:2], real[:2]).tolist()
+    assert better > worse
+
+
+def test_dpo_from_the_command_line(reward_run, run, tmp_path):
+    """The same comparisons, no reward model: a policy that sample.py and evaluate.py load as the stage dpo."""
+    folder = shutil.copytree(reward_run.folder, tmp_path / "run")
+    for path in folder.glob("reward.*"):
+        path.unlink()
+    done = run("reward", *SMALL, "--objective", "dpo", "--out", folder)
+    assert done.code == 0 and "sampled and ranked" not in done.out, done.out
+    dpo, _, facts = training.load_model(folder, "dpo")
+    sft, _, _ = training.load_model(folder, "sft")
+    moved = max((a - b).abs().max().item() for a, b in zip(dpo.parameters(), sft.parameters()))
+    assert 0 < moved < 0.5 and facts["parent"] == "sft" and not (folder / "reward.pt").exists()
