@@ -47,7 +47,7 @@ class SFTConfig(TrainConfig):   # step 0, pretraining, and step 1, supervised fi
     init_std: float = 0.08      # of the weights at the start, about 1/sqrt(n_embd)
     wave_std: float = 0.2       # positions start as sinusoids of this amplitude
     recital_steps: int = 400    # step 0: optimiser steps on recitals, in windows of 64 tokens, come first
-    pretrain_steps: int = 3000  # optimiser steps in all
+    pretrain_steps: int = 4000  # optimiser steps in all
     pretrain_batch: int = 2048  # tokens an optimiser step
     pretrain_lr: float = 2e-3   # of AdamW: embeddings, norms, biases
     pretrain_matrix_lr: float = 0.008    # of Muon: the blocks' matrices
@@ -55,9 +55,9 @@ class SFTConfig(TrainConfig):   # step 0, pretraining, and step 1, supervised fi
     demonstrations: int = 16_000     # step 1: how many the labelers write
     epochs: int = 5
     steps: int = 0              # optimiser steps of step 1; 0 = by epochs
-    batch_size: int = 32        # demonstrations an optimiser step
-    lr: float = 1.5e-3
-    matrix_lr: float = 0.003
+    batch_size: int = 64        # demonstrations an optimiser step
+    lr: float = 2e-3
+    matrix_lr: float = 0.004
     ptx_share: float = 0.1      # pretraining sequences among the fine-tuning ones (InstructGPT C.3: 10 %)
     sft_dropout: float = 0.0    # residual dropout in step 1 (the paper's baseline: 0.2, over 16 epochs)
     accumulate: int = 1         # both: micro-batches an optimiser step

@@ -1,16 +1,13 @@
 """What each step bought: the stages of a run answer held-out prompts, and the exact judge decides.
 
-    python evaluate.py --config tiny                    the stages that the run has, and best-of-4 of its SFT model
-    python evaluate.py --config tiny --best-of 64       reward model and judge against KL, up to best-of-64
-    python evaluate.py --config tiny --seeds 3          the whole recipe three times, what is missing of it: mean, range
+    python evaluate.py --config tiny                  the stages that the run has, and best-of-4 of SFT
+    python evaluate.py --config tiny --best-of 64     reward model and judge against KL, up to best-of-64
+    python evaluate.py --config tiny --seeds 3        the whole recipe with three seeds, what is missing of it
 
-Prints tables in Markdown, and writes them, figures and answers as <run>/report.html and all numbers as
-<run>/evaluation.json; an estimate is always {"mean", "low", "high", "n"}, with its 95 % interval (over seeds:
-the lowest and the highest). Temperature 1, except in the keys that end in _greedy. `base_few_shot` is the
-pretrained model, shown three examples of the category before each question; the others read the bare prompt."""
-import base64
-import html
-import io
+Prints tables in Markdown and writes <run>/evaluation.json; an estimate is always {"mean", "low", "high", "n"},
+with its 95 % interval, over several seeds with the lowest and the highest. Temperature 1, except in the keys
+that end in _greedy. `base_few_shot` is the pretrained model, shown three examples of the category before each
+question; the others read the bare prompt."""
 import json
 import math
 import subprocess
@@ -25,12 +22,12 @@ import torch
 import data
 import training
 import world
-from ppo import held_out, make_reward, sequence_kl
+from ppo import held_out, make_reward, prompts_of, sequence_kl
 from sft import held_out_loss, held_out_text, held_out_windows
 from training import say
 
 SETS = {"test_phrasing": "_unseen_phrasing", "test_combination": "_unseen_combination", "test": ""}
-FEW_SHOT = "base_few_shot"
+STAGES, FEW_SHOT = ("base", "sft", "dpo", "grpo", "ppo_no_ptx", "ppo"), "base_few_shot"
 
 
 def estimate(values):
@@ -101,37 +98,36 @@ def kl_of_best_of_n(n):
 
 
 def fit(kl, gain, rl):
-    """Gao et al. 2023, Eq. 1 with d = sqrt(KL): best-of-n R = d (α - β d), RL R = d (α - β log d) -> [α, β]"""
+    """[α, β] by least squares, d = sqrt(KL): best of n gains d (α - β d), RL d (α - β log d).   Gao et al. 2023"""
     d = np.sqrt(np.asarray(kl, dtype=float))
     slopes = np.stack([d, -d * (np.log(d) if rl else d)], axis=1)
     return np.linalg.lstsq(slopes, np.asarray(gain, dtype=float), rcond=None)[0].tolist()
 
 
 def over_optimisation(config, folder, sft, tokenizer, tasks, device, cast):
-    """Proxy (the reward model) and gold against KL, along best-of-n and along PPO, as gains over SFT's mean
-    -> {path: [{"kl", "proxy", "gold"}], "fit": ...}, and {best_of_n: its verdicts}. Gao et al. 2023"""
+    """What reward model (proxy) and judge (gold) gain over SFT at which KL, along best-of-n and along PPO
+    -> {"best_of" and "ppo": [{"kl", "proxy", "gold"}], "fit"}, {best_of_n: its verdicts}. Gao et al. 2023"""
     score, _ = make_reward(PPOConfig(), folder, sft, tokenizer, cast, device)
     training.progress(f"  best of {config.best_of}: {len(tasks) * config.best_of:,} answers", always=True)
     many = [task for task in tasks for _ in range(config.best_of)]
     found = respond(sft, tokenizer, many, False, 1.0, config, cast)
     verdicts = world.judge_many(many, [a.text for a in found], [a.ended for a in found])
-    proxy = torch.tensor(score(many, [a.text for a in found])).view(len(tasks), -1)             # (M,N)
-    gold = torch.tensor([v.score for v in verdicts]).view(len(tasks), -1)
-    picked = {f"best_of_{n}": [verdicts[i * config.best_of + k] for i, k in enumerate(proxy[:, :n].argmax(1))]
-              for n in (4, 16, 64) if n <= config.best_of}
-    curves = {"best_of": [{"n": n, "kl": kl_of_best_of_n(n), **{
-        name: (best_of_n(proxy, x, n) - x.double().mean(1)).mean().item() for name, x in (("proxy", proxy), ("gold", gold))}}
-        for n in (2 ** i for i in range(1, 7)) if n <= config.best_of]}
-    if training.finished(folder, "ppo"):        # its own held-out prompts, and where it began on them
-        facts = json.loads((folder / "ppo.json").read_text(encoding="utf8"))["config"]
-        if facts["reward"] == "model":
-            val, ppo = world.tasks(facts["eval_prompts"], "val", facts["seed"]), PPOConfig(**facts)
-            start = held_out(sft, sft, tokenizer, val, score, ppo, cast)
-            rows = map(json.loads, (folder / "ppo.jsonl").read_text(encoding="utf8").splitlines())
-            curves["ppo"] = [{"kl": row["held_out_kl"], "proxy": row["proxy"] - start["proxy"], "gold": row["gold"] - start["gold"]}
-                             for row in rows if "held_out_kl" in row]
+    values = torch.tensor([score(many, [a.text for a in found]), [v.score for v in verdicts]])
+    both = dict(zip(("proxy", "gold"), values.view(2, len(tasks), -1)))             # each (M,N)
+    picked = {f"best_of_{n}": [verdicts[i * config.best_of + k] for i, k in enumerate(
+        both["proxy"][:, :n].argmax(1).tolist())] for n in (4, 16, 64) if n <= config.best_of}
+    curves = {"best_of": [{"n": n, "kl": kl_of_best_of_n(n)} | {
+        name: (best_of_n(both["proxy"], x, n).mean() - x.double().mean()).item() for name, x in both.items()}
+        for n in (2, 4, 8, 16, 32, 64) if n <= config.best_of]}
+    facts = json.loads((folder / "ppo.json").read_text(encoding="utf8")) if training.finished(folder, "ppo") else {}
+    if facts and facts["config"]["reward"] == "model" and not facts["config"]["data"]:
+        ppo = PPOConfig(**facts["config"])      # on PPO's own held-out prompts; where it began on them:
+        start = held_out(sft, sft, tokenizer, prompts_of(ppo)[1], score, ppo, cast)
+        rows = [json.loads(line) for line in (folder / "ppo.jsonl").read_text(encoding="utf8").splitlines()]
+        curves["ppo"] = [{"kl": row["held_out_kl"]} | {name: row[name] - start[name] for name in both}
+                         for row in rows if "held_out_kl" in row]
     curves["fit"] = {path: {name: fit([p["kl"] for p in points], [p[name] for p in points], path == "ppo")
-                            for name in ("proxy", "gold")} for path, points in curves.items() if len(points) > 2}
+                            for name in both} for path, points in curves.items() if len(points) > 2}
     return curves, picked
 
 
@@ -166,18 +162,20 @@ def measure(config, folder, stages, device, cast):
     if training.finished(folder, "reward"):
         report["reward_model"] = json.loads((folder / "reward.json").read_text(encoding="utf8"))["measured"]
         if config.best_of > 1:
-            report["gold_proxy"], picked = over_optimisation(config, folder, models["sft"], tokenizer, test, device, cast)
+            report["gold_proxy"], picked = over_optimisation(
+                config, folder, models["sft"], tokenizer, test, device, cast)
             for label, judged in picked.items():
                 verdicts[label] = judged
                 for key, value in tabulate(test, judged).items():
                     report[key][label] = value
-    for a, b in ((a, b) for a in verdicts for b in verdicts if a != b and b in (FEW_SHOT, "sft", "best_of_4")):
-        report["win_rate"][f"{a}_vs_{b}"] = by_group(test, win_rate(verdicts[a], verdicts[b]))
+    for a, b in product(verdicts, (FEW_SHOT, "sft", "best_of_4")):
+        if a != b and b in verdicts:
+            report["win_rate"][f"{a}_vs_{b}"] = by_group(test, win_rate(verdicts[a], verdicts[b]))
     return report
 
 
 def over_seeds(config, folder):
-    """The whole recipe with seeds 1, 2, ..., what is missing of it -> the reports, each number an estimate."""
+    """The whole recipe with seeds 1, 2, ..., what is missing of it -> one report: mean, lowest, highest."""
     reports = []
     for seed in range(1, config.seeds + 1):
         out = folder / f"seed{seed}"
@@ -196,88 +194,44 @@ def over_seeds(config, folder):
         numbers = [v["mean"] if isinstance(v, dict) else v for v in values]
         if not all(isinstance(n, (int, float)) for n in numbers):
             return first                        # answers and curves: the first seed's
-        return {"mean": sum(numbers) / len(numbers), "low": min(numbers), "high": max(numbers), "n": len(numbers)}
+        n = len(numbers)
+        return {"mean": sum(numbers) / n, "low": min(numbers), "high": max(numbers), "n": n}
     return merge(reports)
 
 
-# ------------------------------------------------------------------------ what is printed and drawn
+# ------------------------------------------------------------------------ what is printed
 def cell(value, scale=100.0, digits=1, interval=True):
-    """An estimate or a number as text: "74.9 (73.1-76.7)"; nothing where there is none."""
+    """An estimate or a number as text: "74.9 (73.1–76.7)"."""
     e = value if isinstance(value, dict) else {"mean": value}
-    mean, *ends = (f"{scale * e[key]:.{digits}f}" for key in ("mean", "low", "high") if e.get(key) is not None)
+    mean, *ends = (f"{scale * e[key]:.{digits}f}" for key in ("mean", "low", "high") if key in e)
     return f"{mean} ({'–'.join(ends)})" if ends and interval else mean
+
+
+COLUMNS = {"gold": (1, 3), "plain": (100, 0), "kept": (100, 0), "stopped": (100, 0), "hallucination": (100, 0),
+           "accuracy_unseen_phrasing": (100, 1), "accuracy_unseen_combination": (100, 1), "kl": (1, 2)}
 
 
 def tables(report):
     """The report as tables -> [(title, columns, {row: [str]})]"""
     for key in ("accuracy", "accuracy_greedy", "win_rate"):
-        yield key.replace("_", " ") + ", %", ("overall", *world.CATEGORIES), {
-            row: [cell(e, 100, int(category == "overall"), category == "overall") for category, e in found.items()]
+        yield key + ", %", ("overall", *world.CATEGORIES), {
+            row: [cell(e, 100, int(name == "overall"), name == "overall") for name, e in found.items()]
             for row, found in report[key].items()}
-    columns = {"gold": (1, 3), "plain": (100, 0), "kept": (100, 0), "stopped": (100, 0), "hallucination": (100, 0),
-               "accuracy_unseen_phrasing": (100, 1), "accuracy_unseen_combination": (100, 1), "kl": (1, 2)}
-    shown = {key: {row: cell(e.get("overall", e), *how) for row, e in report[key].items()} for key, how in columns.items()}
-    shown |= {text: {row: cell(losses[text], 1, 3) for row, losses in report["pretraining_loss"].items()}
-              for text in ("documents", "prose")}
-    yield ("all categories; kl in nats an answer, held-out documents and prose in nats a token, the rest in %",
-           [key.replace("_", " ") for key in shown],
+    shown = {key: {row: cell(e.get("overall", e), *how) for row, e in report[key].items()}
+             for key, how in COLUMNS.items()}
+    for text in ("documents", "prose"):
+        shown[f"{text} loss"] = {row: cell(e[text], 1, 3) for row, e in report["pretraining_loss"].items()}
+    yield ("% of all answers; KL from SFT in nats an answer; held-out loss in nats a token", shown,
            {row: [rows.get(row, "") for rows in shown.values()] for row in report["gold"]})
     if measured := report.get("reward_model"):
-        yield "reward model, held-out prompts", ["accuracy, %"], {
-            name.replace("_", " "): [cell(e)] for name, e in (measured | measured["categories"]).items()
-            if name in (*world.CATEGORIES, "right_against_wrong", "style", "ceiling", "agreement") or "accuracy" in name}
+        wanted = [k for k in measured if "accuracy" in k] + ["right_against_wrong", "style", "ceiling", "agreement"]
+        every = {k: measured[k] for k in wanted} | measured["categories"]
+        yield "reward model, held-out prompts", ["%"], {k: [cell(e)] for k, e in every.items() if e is not None}
 
 
 def markdown(title, columns, rows):
     lines = [[title, *columns], ["---"] * (len(columns) + 1), *([name, *cells] for name, cells in rows.items())]
-    return "\n".join("| " + " | ".join(line).replace("_", " ") + " |" for line in lines)
-
-
-def draw(report):
-    """Gains of gold and proxy over sqrt(KL), measured and fitted, and the win rates -> a PNG's bytes."""
-    try:
-        import matplotlib
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        return b""
-    curves = report.get("gold_proxy", {})
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for (path, name), colour in zip(product(("best_of", "ppo"), ("proxy", "gold")), plt.cm.Paired((1, 0, 5, 4))):
-        if points := curves.get(path):
-            d = np.sqrt([p["kl"] for p in points])
-            left.plot(d, [p[name] for p in points], "o", color=colour, label=f"{path.replace('_', '-')}, {name}")
-            if path in curves["fit"]:
-                (a, b), x = curves["fit"][path][name], np.linspace(min(d) / 2, max(d), 99)
-                left.plot(x, x * (a - b * (np.log(x) if path == "ppo" else x)), color=colour)
-    left.set(xlabel="square root of KL from the SFT model, nats", ylabel="gain over the SFT model")
-    left.axhline(0, color="grey", lw=0.8)
-    if curves:
-        left.legend(frameon=False)
-    rows = {name.replace("_", " "): found["overall"] for name, found in report["win_rate"].items()}
-    means = [100 * e["mean"] for e in rows.values()]
-    right.barh(list(rows), means, color="tab:blue", xerr=np.abs([[m - 100 * e["low"], 100 * e["high"] - m]
-                                                                for m, e in zip(means, rows.values())]).T if rows else None)
-    right.axvline(50, color="grey", lw=0.8)
-    right.set(xlabel="preferred by the judge, %", xlim=(0, 100))
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=130)
-    plt.close(figure)
-    return drawn.getvalue()
-
-
-def page(report):
-    """report.html: tables, figures and answers in one file that needs no other."""
-    parts = ["<!doctype html><meta charset=utf-8><title>What each step bought</title><style>body{font:15px/1.5 "
-             "system-ui;margin:2em auto;max-width:75em;padding:0 1em;color-scheme:light dark}td,th{padding:.2em .7em;"
-             "text-align:left;vertical-align:top;white-space:pre-wrap}img{max-width:100%;background:#fff}</style>"]
-    if drawn := draw(report):
-        parts.append(f'<img alt="gold and proxy against KL; win rates" src="data:image/png;base64,{base64.b64encode(drawn).decode()}">')
-    answers = {row["prompt"]: list(row.values())[1:] for row in report["answers"]}
-    for title, columns, rows in (*tables(report), ("ten prompts, greedy", list(report["answers"][0])[1:], answers)):
-        lines = [[title, *columns], *([name, *cells] for name, cells in rows.items())]
-        parts.append("<table>" + "".join("<tr><td>" + "<td>".join(map(html.escape, line)) for line in lines) + "</table><hr>")
-    return "\n".join(parts)
+    return "\n".join(f"| {' | '.join(line)} |".replace("_", " ") for line in lines)
 
 
 def main():
@@ -288,17 +242,17 @@ def main():
     if config.seeds > 1:
         report = over_seeds(config, folder)
     else:
-        stages = [s for s in ("base", "sft", "ppo_no_ptx", "ppo") if training.finished(folder, s)]
+        stages = [s for s in STAGES if training.finished(folder, s)]
         if not stages:
             raise UserError(f"{folder} holds no model yet. Train one first: python sft.py --config tiny")
         report = measure(config, folder, stages, device, cast)
     training.save_atomically(report, folder / "evaluation.json")
-    training.save_atomically(page(report), folder / "report.html")
     for table in tables(report):
         say("\n" + markdown(*table))
     n = report["accuracy"]["sft"]["overall"]["n"]
-    say(f"\nmean and lowest to highest of {n} seeds" if config.seeds > 1 else f"\n95 % intervals; {n} prompts a set")
-    say(f"{folder / 'report.html'}: tables, figures, answers; {folder / 'evaluation.json'}: all numbers")
+    how = f"lowest to highest of {n} seeds" if config.seeds > 1 else f"95 % intervals, {n} prompts a set"
+    say(f"\nmean and {how}. All numbers: {folder / 'evaluation.json'}\n"
+        f"  python benchmarks/report.py {folder}      draws them, with ten prompts and their answers")
 
 
 if __name__ == "__main__":

@@ -232,6 +232,12 @@ def update(policy, value, minibatch, old, advantages, returns, old_values, mask,
     return found
 
 
+def pretraining_gradient(policy, corpus, config, seed, cast):
+    """Adds γ ∇ E_pretrain[-log π] to the gradient that is there -> the loss      last term of InstructGPT Eq. 2"""
+    text = data.windows(corpus, config.ptx_window, config.ptx_tokens // config.ptx_window, seed)
+    return accumulate(policy, [plain_text(text)], cast, config.ptx_coef)
+
+
 def summarise(steps, old, ref, values, returns, rewards, mask):
     """The metrics of an iteration (RECIPE O20); steps: those of its minibatches."""
     k1, _, k3 = kl_estimates(old, ref)
@@ -270,7 +276,7 @@ def held_out(policy, reference, tokenizer, tasks, reward, config, cast):
 def prompts_of(config):
     """The tasks to answer, and those to measure on: the built-in world's, or the prompts of your own file."""
     if not config.data:
-        return (world.tasks(config.prompts, "train", config.seed + 2000),
+        return (world.tasks(config.prompts, "train", config.seed + 2000, world.PRACTICE),
                 world.tasks(config.eval_prompts, "val", config.seed))
     own = [world.Task("", instruction, input, "", (), history=tuple(history))
            for instruction, input, history in data.read_prompts(config.data)]
@@ -302,14 +308,19 @@ MEASURED = {"gold": "gold", "right": "right", "proxy": "score", "held_out_kl": "
 SHOWN = "score kl entropy length eos_rate ptx_loss rollout_s scoring_s update_s ptx_s".split()     # while it runs
 
 
-def main():
-    config, origin = parse("ppo", description=__doc__)
+def check(config):
+    """UserError for sizes that cannot go together, before anything is computed."""
     for less, more in (("minibatches", "episodes"), ("group", "episodes"), ("ptx_window", "ptx_tokens")):
         a, b = getattr(config, less), getattr(config, more)
         if a > b:
             raise UserError(f"{flag(less)} {a} is more than {flag(more)} {b}")
     if config.advantage == "group" and config.episodes % config.group:
         raise UserError(f"--episodes {config.episodes} do not divide into groups of --group {config.group}")
+
+
+def main():
+    config, origin = parse("ppo", description=__doc__)
+    check(config)
     started = time.perf_counter()
     folder, device, cast = training.begin("ppo", config, origin)
     policy, tokenizer, _ = training.load_model(folder, "sft", device)
@@ -323,12 +334,12 @@ def main():
     reference, ema = copy.deepcopy(policy), copy.deepcopy(policy)
     value = copy.deepcopy(reward_model) if reward_model else RewardModel(policy).to(device)
     value = value if config.advantage == "gae" else None
-    gain, w0 = policy.ln_f.weight, {"weight_decay": 0.0}                # see deviation 4
+    gain = policy.ln_f.weight                                           # see deviation 4
     rest = [p for p in policy.parameters() if p is not gain]
-    adam = training.adamw([{"params": rest, **w0}, {"params": [gain], "lr": config.gain_lr, **w0}], config.lr)
+    adam = training.adamw([{"params": rest}, {"params": [gain], "lr": config.gain_lr}], config.lr, weight_decay=0.0)
     parts = {"policy": policy, "ema": ema, "adam": adam}
     if value is not None:
-        value_adam = training.adamw([{"params": list(value.parameters()), **w0}], config.value_lr)
+        value_adam = training.adamw(value.parameters(), config.value_lr, weight_decay=0.0)
         parts |= {"value": value, "value_adam": value_adam}
     optimizers = [part for name, part in parts.items() if name.endswith("adam")]
     name = "grpo" if value is None else "ppo" if config.ptx_coef else "ppo_no_ptx"
@@ -359,10 +370,9 @@ def main():
         lr, steps = training.set_lr(optimizers, min(1.0, 0.1 + 0.9 * iteration / config.warmup)), []
         for i, minibatch in enumerate(batches):                         # one epoch: each episode once
             found = update(policy, value, minibatch, old, advantages, returns, values, mask, config, cast)
-            if config.ptx_coef:                             # γ ∇ E_pretrain[-log π], into the same gradient
-                start, n = time.perf_counter(), config.ptx_tokens // config.ptx_window
-                text = plain_text(data.windows(corpus, config.ptx_window, n, [*seeds, i]).to(device))
-                found["ptx_loss"] = accumulate(policy, [text], cast, config.ptx_coef)
+            if config.ptx_coef:                             # into the same gradient
+                start = time.perf_counter()
+                found["ptx_loss"] = pretraining_gradient(policy, corpus, config, [*seeds, i], cast)
                 ptx_seconds += time.perf_counter() - start
             found["norm"] = stage.update([adam], found["policy_loss"], config.clip)
             if value is not None:

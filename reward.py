@@ -181,7 +181,7 @@ def make_comparisons(config, folder, tokenizer, device, cast):
                            config.max_new_tokens, *((folder / f"{s}.pt").stat().st_mtime_ns for s in stages))
     path = folder / f"comparisons-{key:08x}.jsonl"
     if not path.exists():
-        tasks = world.tasks(config.prompts, "train", config.seed + 1000)
+        tasks = world.tasks(config.prompts, "train", config.seed + 1000, world.PRACTICE)
         groups = sample_groups(models, tokenizer, tasks, config, config.seed, cast)
         r, keys = random.Random(f"ranking {config.seed}"), "instruction input history responses ranks".split()
         ranks = (world.rank(r, *zip(*group), r.choice(world.RANKERS)) for group in groups)

@@ -458,7 +458,8 @@ Labeler = namedtuple("Labeler", "opener hedge closer guess strict terse")
 LABELERS = tuple(Labeler(*rates) for rates in WORDS["labelers"])
 RANKERS, HELD_OUT_RANKERS = LABELERS[:4], LABELERS[4:]  # the reward model never learns from the latter
 CARE = {"generation": 0.3, "rewrite": 0.3}      # where labelers are exact, the rates shrink to this
-HARD = ("rewrite", "closed_qa", "brainstorming")    # takes most practice: demonstrated 2.5 times as often
+HARD = ("rewrite", "closed_qa", "brainstorming")    # takes most practice, so comes up 2.5 times as often
+PRACTICE = CATEGORIES + HARD + CATEGORIES + HARD * 2
 
 
 def write(r, task, labeler):
@@ -476,7 +477,7 @@ def write(r, task, labeler):
 def demonstrations(n, split="train", seed=0):
     """n pairs (task, answer), each written by one of the labelers."""
     r = random.Random(f"demonstrations {seed} {split}")
-    drawn = tasks(n, split, seed, CATEGORIES + HARD + CATEGORIES + HARD * 2)
+    drawn = tasks(n, split, seed, PRACTICE)
     return [(task, write(r, task, r.choice(LABELERS))) for task in drawn]
 
 

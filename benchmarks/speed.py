@@ -16,10 +16,15 @@ import statistics
 import sys
 import time
 
-import torch
-import torch.nn.functional as F
-
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from config import parse  # noqa: E402  (before torch: see there)
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+
+import ppo  # noqa: E402
+import reward  # noqa: E402
+import sft  # noqa: E402
 from attention import attention  # noqa: E402
 from model import GPT, GPTConfig, decay_groups, generate  # noqa: E402
 
@@ -137,6 +142,27 @@ def generation(batch=64, prompt=64, new=128):
         print(f"  {name:52} {batch * new / s:7.0f} {seconds['textbook loop, fp32'] / s:12.1f}")
 
 
+def ppo_update(rounds, episodes=64, prompt=48, answer=16):
+    """One minibatch of PPO against the same tokens in plain training of policy and value model."""
+    config, _ = parse("ppo", [])
+    gpt = GPT(GPTConfig(vocab_size=2048, block_size=256, n_layer=4, n_head=4, n_embd=128))
+    policy, value, cast = gpt, reward.RewardModel(gpt, answer_after=3), torch.autocast("cpu", BF16)
+    prompts, answers = (torch.randint(4, 2048, (episodes, n)).tolist() for n in (prompt - 1, answer))
+    minibatch = [(list(range(episodes)), ppo.Episodes([p + [3] for p in prompts], answers, 1, "cpu"))]
+    old, _, values, mask, _ = ppo.assess(policy, policy, value, [minibatch], cast)
+    advantages, e = torch.randn_like(old), minibatch[0][1]
+    labels = torch.cat([torch.zeros(episodes, prompt, dtype=torch.bool), mask.bool()], 1)
+
+    def plain():
+        sft.accumulate(policy, [(e.tokens, e.real, labels)], cast)
+        ((e.values(value, cast) - values) ** 2).mean().backward()
+    seconds = in_turns(rounds, plain=plain, ppo=lambda: ppo.update(
+        policy, value, minibatch, old, advantages, values, values, mask, config, cast))
+    print(f"\nPPO update, {episodes} episodes of {prompt} + {answer} tokens, n_embd 128, bf16: "
+          f"{seconds['ppo'] * 1e3:.0f} ms, plain training of policy and value model {seconds['plain'] * 1e3:.0f} ms, "
+          f"{seconds['ppo'] / seconds['plain']:.2f} x")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--threads", type=int, default=min(2, len(os.sched_getaffinity(0))))
@@ -156,6 +182,7 @@ def main():
     peak = peaks(args.rounds)
     training(args.rounds, peak)
     attention_both_ways(args.rounds)
+    ppo_update(args.rounds)
     generation()
     foreign = core_seconds() - busy - (time.process_time() - own)
     part = max(0, foreign / (time.perf_counter() - start) / args.threads)
