@@ -10,55 +10,44 @@ from functools import reduce
 import torch
 import torch.nn.functional as F
 
-
 def attention(q, k, v, mask=None, *, causal=False, flash=False):
     """Mix the values of all keys that a query may see, weighted by how well query and key agree.
-
     q (B,H,Tq,D); k and v (B,H,Tk,D); mask broadcastable to (B,H,Tq,Tk)  ->  (B,H,Tq,D)
-
     causal: no query sees a later key. The LAST query sees ALL keys, so a single new token that is decoded
     against a cache of n keys sees the n keys (RECIPE A3).
     flash: the same numbers from PyTorch's fused kernel, which never stores the (Tq,Tk) weights.
-    A query that may attend to nothing returns zeros and sends zero gradients (RECIPE A5).
-    """
+    A query that may attend to nothing returns zeros and sends zero gradients (RECIPE A5)."""
     Tq, Tk = q.shape[-2], k.shape[-2]
     kernel_masks = flash and causal and mask is None and Tq == Tk  # faster than a mask tensor
     if causal and Tq > 1 and not kernel_masks:               # a single query sees all keys
         mask = join(mask, causal_mask(Tq, Tk, q.device))
-    empty = None
     if mask is not None:
-        # The softmax of a row of -inf is NaN, forward and backward. So a query that may see nothing is shown
-        # everything, and its output is then replaced by zeros.
+        # A softmax over -inf alone is NaN: who may see nothing is shown everything, and then gets zeros
         empty = ~mask.bool().any(-1, keepdim=True)           # (B,1,Tq,1), or what broadcasts to it
         mask = mask.bool() | empty
     if flash:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=kernel_masks)
     else:
         q = q / math.sqrt(q.shape[-1])                       # here, as Tq·D is less than Tq·Tk
-        # With one query K qᵀ is the same numbers: in bf16 q Kᵀ would first transpose the whole cache, a fifth
-        # of the time that generation takes.
+        # One query: q Kᵀ would transpose the whole cache in bf16, a fifth of the time of generation
         scores = q @ k.mT if Tq > 1 else (k @ q.mT).mT       # (B,H,Tq,Tk)  QKᵀ / √d_k
         if mask is not None:    # added, not filled in: a sum's gradient is free, 15 % less time in bf16
             scores += torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -torch.inf)
         weights = scores.softmax(-1)                         # (B,H,Tq,Tk)  each row sums to 1
         out = weights @ v                                    # (B,H,Tq,D)
-    return out if empty is None else out.masked_fill(empty, 0)
-
+    return out if mask is None else out.masked_fill(empty, 0)
 
 def causal_mask(Tq, Tk, device=None):
     """(Tq,Tk): True where the key is not later than the query, the last of both being one token."""
     return torch.ones(Tq, Tk, dtype=torch.bool, device=device).tril(Tk - Tq)
 
-
 def padding_mask(real):
     """real (B,Tk), True at real tokens -> (B,1,1,Tk): nobody sees a pad."""
     return None if real is None else real.bool()[:, None, None, :]
 
-
 def segment_mask(segments):
     """segments (B,T), a number per packed document -> (B,1,T,T): each sees only its own."""
     return None if segments is None else (segments[:, :, None] == segments[:, None, :])[:, None]
-
 
 def join(*masks):
     """What all of these masks allow; None allows everything."""

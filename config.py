@@ -8,12 +8,11 @@ from dataclasses import dataclass, fields
 from math import inf
 
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "200")    # kernels kept; 1,024 take another 0.3 GB
-if "OMP_WAIT_POLICY" not in os.environ:     # How often an idle thread looks for work before it sleeps. `tiny`, a
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")     # step on two cores: 54 ms, else 58; one core busy: 122, 141
+if "OMP_WAIT_POLICY" not in os.environ:     # how often an idle thread looks for work before it sleeps:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")     # a step of tiny takes 54 ms, 58 with libgomp's own
 
 class UserError(Exception):
     """What the user can mend: one plain line, printed without a traceback; the exit code is 2."""
-
 
 @dataclass(frozen=True)
 class CommandConfig:            # what every command understands
@@ -25,19 +24,15 @@ class CommandConfig:            # what every command understands
     dtype: str = "auto"         # auto: bf16 where a probe finds it faster; or fp32, bf16
     threads: int = 0            # of the CPU; 0 = all that this process may use. Results depend on it
 
-
 @dataclass(frozen=True)
 class TrainConfig(CommandConfig):  # what every training step understands
     resume: bool = False        # an interrupted run is continued anyway; insist that there is one
     fresh: bool = False         # begin anew, even where a finished or an interrupted run is there
     clip: float = 1.0           # the largest norm of the gradient
-    lora_rank: int = 0          # of the adapters that learn in place of the weights; 0 = all weights learn
-
 
 @dataclass(frozen=True)
 class SFTConfig(TrainConfig):   # step 0, pretraining, and step 1, supervised fine-tuning
     tokenizer: str = "bpe"      # the model: bpe, trained on the data; gpt2: tiktoken's
-    init: str = ""              # a GPT-2 checkpoint to start from: its folder, or the .safetensors file
     vocab_size: int = 2048      # of the trained tokenizer, its 4 special tokens included
     block_size: int = 256       # tokens of context
     n_layer: int = 4
@@ -65,7 +60,6 @@ class SFTConfig(TrainConfig):   # step 0, pretraining, and step 1, supervised fi
     warmup: int = 50            # optimiser steps until the peak of the learning rate
     eval_every: int = 500       # optimiser steps between two evaluations
 
-
 @dataclass(frozen=True)
 class RewardConfig(TrainConfig):  # step 2: comparisons, and the reward model
     from_: str = "sft"          # whose answers are ranked: stages, with commas between them
@@ -83,7 +77,6 @@ class RewardConfig(TrainConfig):  # step 2: comparisons, and the reward model
     weight_decay: float = 0.1
     warmup: int = 20
     eval_prompts: int = 600     # held-out prompts to measure on
-
 
 @dataclass(frozen=True)
 class PPOConfig(TrainConfig):   # step 3: PPO with the pretraining gradient mixed in
@@ -113,7 +106,6 @@ class PPOConfig(TrainConfig):   # step 3: PPO with the pretraining gradient mixe
     eval_every: int = 5         # iterations between two evaluations on held-out prompts
     eval_prompts: int = 270
 
-
 @dataclass(frozen=True)
 class SampleConfig(CommandConfig):  # using a trained model
     stage: str = ""             # base, sft, ppo ...; by default the furthest that the run has
@@ -129,17 +121,12 @@ class SampleConfig(CommandConfig):  # using a trained model
     compare: bool = False       # all stages of the run answer, side by side: the prompt, or a few fixed ones
     rank: str = ""              # rank answers yourself; the rankings are appended to this JSONL file
     prompts: str = ""           # with --rank: a file of prompts whose answers are ranked
-    serve: bool = False         # with --rank: in a web page on this machine
-    init: str = ""              # a GPT-2 checkpoint instead of a run: its folder, or the .safetensors file
-
 
 @dataclass(frozen=True)
 class EvaluateConfig(CommandConfig):  # measuring the stages of a run
     per_category: int = 120     # test prompts of each category
     batch_size: int = 256       # prompts answered side by side
     best_of: int = 4            # best-of-n of the SFT model by the reward model, up to this n; 1 = off
-    seeds: int = 1              # runs of the whole recipe, with seeds 1, 2, ..., to make where they lack
-
 
 PRESETS = {"tiny": {},          # preset -> step -> what it changes; tiny: minutes on a laptop CPU
     "small": {"sft": dict(      # 11 M parameters: an hour of a GPU
@@ -151,23 +138,20 @@ PRESETS = {"tiny": {},          # preset -> step -> what it changes; tiny: minut
 CONFIGS = {"sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig, "sample": SampleConfig,
            "evaluate": EvaluateConfig}
 ALLOWED = {     # field -> its words, or its least and greatest value; of other numbers by their type
-    "config": tuple(PRESETS), "dtype": ("auto", "fp32", "bf16"), "tokenizer": ("bpe", "gpt2"),
-    "flash": ("auto", "yes", "no"), "objective": ("reward", "dpo"), "advantage": ("gae", "group"),
-    "group": (2, 64), "best_of": (1, 64), "min_k": (2, 9), "max_k": (2, 9), "top_p": (1e-6, 1), float: (0, 1e6),
-    **dict.fromkeys("ptx_share sft_dropout ema".split(), (0, 0.999_999)), "unfinished_score": (-1e6, 1e6),
-    **dict.fromkeys("threads steps seed warmup recital_steps top_k lora_rank".split(), (0, inf)), int: (1, inf)}
+    "config": tuple(PRESETS), "tokenizer": ("bpe", "gpt2"), "advantage": ("gae", "group"), "best_of": (1, 64),
+    "unfinished_score": (-1e6, 1e6), "flash": ("auto", "yes", "no"), "objective": ("reward", "dpo"),
+    "group": (2, 64), "min_k": (2, 9), "max_k": (2, 9), "top_p": (1e-6, 1), int: (1, inf), float: (0, 1e6),
+    **dict.fromkeys("ptx_share sft_dropout ema".split(), (0, 0.999_999)), "dtype": ("auto", "fp32", "bf16"),
+    **dict.fromkeys("threads steps seed warmup recital_steps top_k".split(), (0, inf))}
 YES_NO = {"yes": True, "true": True, "1": True, "no": False, "false": False, "0": False}
-
 
 def nearest(word, words):
     """" Did you mean ...?", or nothing where no word is near."""
     return "".join(f" Did you mean {near}?" for near in difflib.get_close_matches(word, words, 1, 0.5))
 
-
 def flag(name):
     """"pretrain_steps" -> "--pretrain-steps"; from_ is written so as `from` is a word of Python."""
     return "--" + name.rstrip("_").replace("_", "-")
-
 
 def parse(step, argv=None, description=""):
     """A step's command line -> (config, {field: where its value comes from}). UserError if it cannot work."""
@@ -187,19 +171,17 @@ def parse(step, argv=None, description=""):
             if alone and field.type is not bool:
                 raise UserError(f"{name} needs a value")
             value = "yes" if alone else words.pop(0)
-        try:
-            given[field.name] = YES_NO[value.lower()] if field.type is bool else field.type(value)
+        allowed = ALLOWED.get(field.name, ALLOWED.get(field.type))
+        try:                            # what cannot work is said before anything is computed
+            given[field.name] = found = YES_NO[value.lower()] if field.type is bool else field.type(value)
         except (ValueError, KeyError):
             raise UserError(f"{name} takes a value of type {field.type.__name__}, not {value!r}") from None
-    preset = PRESETS.get(given.get("config", "tiny"), {}).get(step, {})
+        if field.type is str and allowed and found not in allowed:
+            raise UserError(f"{name} is one of {', '.join(allowed)}, not {found}.{nearest(found, allowed)}")
+        if field.type in (int, float) and not allowed[0] <= found <= allowed[1]:
+            raise UserError(f"{name} must be from {allowed[0]} to {allowed[1]}, not {found}")
+    preset = PRESETS[given.get("config", "tiny")].get(step, {})
     config = CONFIGS[step](**preset | given)
-    for field in fields(config):        # what cannot work is said before anything is computed
-        name, value = flag(field.name), getattr(config, field.name)
-        allowed = ALLOWED.get(field.name, ALLOWED.get(field.type))
-        if field.type is str and allowed and value not in allowed:
-            raise UserError(f"{name} is one of {', '.join(allowed)}, not {value}.{nearest(value, allowed)}")
-        if field.type in (int, float) and not allowed[0] <= value <= allowed[1]:
-            raise UserError(f"{name} must be from {allowed[0]} to {allowed[1]}, not {value}")
     if isinstance(config, TrainConfig) and config.resume and config.fresh:
         raise UserError("--resume goes on and --fresh begins anew: give one of them")
     if isinstance(config, SFTConfig) and config.n_embd % config.n_head:
@@ -210,7 +192,6 @@ def parse(step, argv=None, description=""):
         raise UserError(f"--from names stages, with commas between them, as in sft,ppo; not {config.from_!r}")
     return config, {name: "command line" if name in given else "preset" if name in preset else "default"
                     for name in vars(config)}
-
 
 def show(config, origin):
     """The resolved config, by where its values come from; of the defaults, what is off is left out."""

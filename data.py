@@ -1,9 +1,13 @@
 """Text <-> tokens <-> batches: tokenizer, prompt template, file formats, masks. Axes: B batch, T tokens."""
 import base64
+import glob
+import gzip
 import json
 import random
 import re
+import zlib
 from collections import Counter, defaultdict
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +21,6 @@ from config import UserError
 # Latin letters apart from others, so that Chinese sticks to no Latin word. Both re and tiktoken cut by it.
 PATTERN = r" ?[A-Za-zÀ-ɏ]+|[^\W\d_A-Za-zÀ-ɏ]+|\d| ?[^\s\w]+|_+|\s+(?!\S)|\s+"
 SPECIALS = ("<|endoftext|>", "<|pad|>", "<|user|>", "<|assistant|>")
-
 
 def train_bpe(texts, size):
     """Byte-pair encoding (Sennrich et al. 2016): texts -> {token bytes: rank}, at most `size` of them."""
@@ -48,10 +51,8 @@ def train_bpe(texts, size):
             tally(i, 1)
     return ranks
 
-
 class Tokenizer:
     """Text <-> token ids. The special tokens stand above all others, and no text can spell them."""
-
     def __init__(self, ranks, pattern=PATTERN):
         first = max(ranks.values()) + 1             # in GPT-2 50,256, the end of a text to its weights
         ids = {name: first + i for i, name in enumerate(SPECIALS)}
@@ -62,9 +63,6 @@ class Tokenizer:
     def encode(self, text):
         """str -> list of ids. "<|user|>" in a text is characters like any others: nobody can forge a turn."""
         return self.encoding.encode_ordinary(text)
-
-    def encode_many(self, texts):
-        return self.encoding.encode_ordinary_batch(texts)
 
     def decode(self, ids):
         """ids -> str, without the special tokens; bytes that are no UTF-8 (yet) become U+FFFD."""
@@ -93,7 +91,6 @@ class Tokenizer:
                             ", copy x here, set TIKTOKEN_CACHE_DIR to it. Or use --tokenizer bpe") from None
         return cls(encoding._mergeable_ranks, encoding._pat_str)
 
-
 def encode_prompt(tokenizer, instruction, input="", history=()):
     """<|user|> instruction, blank line, input <|assistant|> -> ids. history: ((user, assistant), ...)"""
     # Earlier turns stand before it, each ended by <|endoftext|>, as the model's own answers are.
@@ -103,7 +100,6 @@ def encode_prompt(tokenizer, instruction, input="", history=()):
     text = f"{instruction}\n\n{input}" if input else instruction
     return ids + [tokenizer.user, *tokenizer.encode(text), tokenizer.assistant]
 
-
 def encode_example(tokenizer, instruction, input, output, history=()):
     """A demonstration -> (ids, mask), side by side: mask is True at the response and at its final EOS."""
     # By position, not by id: a pad that shares its id with the EOS could not hide the EOS (RECIPE S2).
@@ -111,43 +107,96 @@ def encode_example(tokenizer, instruction, input, output, history=()):
     response = [*tokenizer.encode(output), tokenizer.end]
     return prompt + response, [False] * len(prompt) + [True] * len(response)
 
-
-def read_text(path):
-    """A file as text. UserError where it is missing, a folder, empty, or not UTF-8."""
+def _read(path):
+    """One file, .gz or not, as text. UserError where it is missing, a folder, empty, or not UTF-8."""
     try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
+        text = (gzip.open if str(path).endswith(".gz") else open)(path, "rb").read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object[:error.start].count(b"\n") + 1
         raise UserError(f"{path}, line {line}: not UTF-8. To convert it: iconv -f latin1 -t utf8") from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}. --data takes one readable file") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}. --data takes readable "
+                        "files, with commas between them") from None
     if not text.strip():
         raise UserError(f"{path} is empty. Needed: plain text, or examples as .json or .jsonl")
     return text
 
+def _files(names):
+    """"a.jsonl,b*.json" -> the files, in order."""
+    return [path for name in str(names).split(",") for path in sorted(glob.glob(name)) or [name]]
 
-def is_demonstrations(path):
-    """Demonstrations (.json, .jsonl), or plain text?"""
-    return Path(path).suffix.lower() in (".json", ".jsonl")
+def _is_json(path):
+    return Path(str(path).removesuffix(".gz")).suffix.lower() in (".json", ".jsonl")
 
+def is_demonstrations(names):
+    """Demonstrations (.json, .jsonl), or text, plain or as records {"text": ...}?"""
+    path = _files(names)[0]
+    return _is_json(path) and all("text" not in record for _, record in islice(_records(path), 1))
 
-def _records(path):
-    """Each object of a JSON array or of JSONL -> (where it stands, itself, its instruction, its input)."""
-    text = read_text(path)
-    array = text.lstrip().startswith("[")
-    for line, part in enumerate([text] if array else text.split("\n"), 1):
-        try:
-            found = json.loads(part if array else f"[{part}]")
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {line + error.lineno - 1}: not JSON ({error.msg}). Needed: an "
-                            "array in [ ], or one object a line") from None
-        for i, record in enumerate(found, 1):
-            where = f"{path}, item {i}" if array else f"{path}, line {line}"
-            if not isinstance(record, dict):
-                raise UserError(f"{where}: needed: an object with instruction or prompt, not {record!r:.40}")
-            instruction = _take(where, record, "instruction", "prompt")
-            yield where, record, instruction, _take(where, record, "input", default="")
+def read_text(names):
+    """Files of plain text or of records {"text": ...} -> one text; records are set apart by two empty lines."""
+    return "\n\n\n".join("\n\n\n".join(_take(where, record, "text") for where, record in _records(path))
+                         if _is_json(path) else _read(path) for path in _files(names))
 
+def _records(names):
+    """Each object of JSON arrays or of JSONL -> (where it stands, the object in our own keys)."""
+    for path in _files(names):
+        text = _read(path)
+        array = text.lstrip().startswith("[")
+        for line, part in enumerate([text] if array else text.split("\n"), 1):
+            try:
+                found = json.loads(part if array else f"[{part}]")
+                if "\\ud" in part:              # half of a surrogate pair is no character
+                    json.dumps(found, ensure_ascii=False).encode()
+            except ValueError as error:
+                line += getattr(error, "lineno", 1) - 1
+                raise UserError(f"{path}, line {line}: not JSON ({getattr(error, 'msg', error.args[-1])}). "
+                                "Needed: an array in [ ], or one object a line") from None
+            for i, record in enumerate(found, 1):
+                where = f"{path}, item {i}" if array else f"{path}, line {line}"
+                if not isinstance(record, dict):
+                    raise UserError(f"{where}: needed: an object with instruction or prompt, not {record!r:.40}")
+                yield where, _own_keys(where, record)
+
+ROLES = {"user": 0, "human": 0, "assistant": 1, "gpt": 1, "system": 2}
+
+def _content(message):
+    return message.get("content", message.get("value")) if isinstance(message, dict) else None
+
+def _dialogue(where, said):
+    """Messages, or a transcript "Human: ... Assistant: ..." -> {instruction, history, and output if it ends so}"""
+    if isinstance(said, str):
+        parts = re.split(r"(?:^|\n\n)(Human|Assistant):", said.strip())
+        said = [{"role": role, "content": text.strip()} for role, text in zip(parts[1::2], parts[2::2])]
+    system, turns = "", []
+    for message in said if isinstance(said, list) else [said]:
+        text = _content(message)
+        role = text is not None and ROLES.get(str(message.get("role", message.get("from"))).lower())
+        if not isinstance(text, str) or role not in (len(turns) % 2, 2):
+            raise UserError(f"{where}: needed: messages of user and assistant in turns, like "
+                            f'{{"role": "user", "content": "some text"}}, not {message!r:.60}')
+        system, turns = (system + text + "\n\n", turns) if role == 2 else (system, [*turns, text])
+    answer = {"output": turns.pop()} if turns and len(turns) % 2 == 0 else {}
+    turns = [system + turn for turn in turns[:1]] + turns[1:]   # the system speaks before the first question
+    return {"instruction": "".join(turns[-1:]), "history": [*map(list, zip(turns[::2], turns[1::2]))]} | answer
+
+def _own_keys(where, record):
+    """A record as others write it -> with our keys: instruction, history, output; responses and ranks."""
+    for key in ("messages", "conversations", "prompt"):
+        if isinstance(record.get(key), list):
+            record = record | _dialogue(where, record[key])
+    pair = [record.get("chosen"), record.get("rejected")]
+    if pair == [None, None]:
+        return record
+    if "prompt" in record or "instruction" in record:   # two answers, or dialogues that end with them
+        answers = [_content(said[-1]) if isinstance(said, list) and said else said for said in pair]
+    else:
+        asked = [_dialogue(where, said) for said in pair]
+        answers = [dialogue.pop("output", None) for dialogue in asked]
+        if asked[0] != asked[1]:
+            raise UserError(f"{where}: needed: the same questions in \"chosen\" and in \"rejected\"")
+        record = record | asked[0]
+    return record | {"responses": answers, "ranks": [0, 1]}
 
 def _take(where, record, *keys, like="some text", default=None):
     """The value under the first of these keys that there is. UserError with an example if it will not do."""
@@ -159,59 +208,65 @@ def _take(where, record, *keys, like="some text", default=None):
         raise UserError(f"{where}: needed: {names}, like {json.dumps(like)}, not {value!r:.40}")
     return value
 
+def _question(where, record):
+    """-> (instruction, input, history) of a record"""
+    instruction = _take(where, record, "instruction", "prompt")
+    history = _take(where, record, "history", like=[["a question", "its answer"]], default=[])
+    if any(len(turn) != 2 for turn in history):
+        raise UserError(f"{where}: needed: a question and its answer in each turn of \"history\"")
+    return instruction, _take(where, record, "input", default=""), [*map(tuple, history)]
 
-def read_demonstrations(path):
-    """JSON array or JSONL -> [(instruction, input, output)]. UserError at the first record that lacks one."""
-    found = [(instruction, input, _take(where, record, "output", "completion", "response"))
-             for where, record, instruction, input in _records(path)]
+def read_prompts(names):
+    """Records with a prompt, or a .txt with one on each line -> [(instruction, input, history)]"""
+    return [asked for path in _files(names) for asked in (
+        [_question(*found) for found in _records(path)] if _is_json(path) else
+        [(line.strip(), "", []) for line in _read(path).splitlines() if line.strip()])]
+
+def read_demonstrations(names):
+    """JSON arrays or JSONL -> [(instruction, input, output, history)]. UserError at the first that lacks one."""
+    found = []
+    for where, record in _records(names):
+        instruction, input, history = _question(where, record)
+        found.append((instruction, input, _take(where, record, "output", "completion", "response"), history))
     if not found:
-        raise UserError(f"{path} holds no demonstrations")
+        raise UserError(f"{names} holds no demonstrations")
     return found
 
-
-def read_comparisons(path):
-    """JSON array or JSONL -> ([(instruction, input, history, responses, ranks)], {why skipped: how many})."""
-    # Keys: instruction or prompt; input; chosen, rejected, or responses, ranks (lowest = best, equal = tie).
+def read_comparisons(names):
+    """JSON arrays or JSONL -> ([(instruction, input, history, responses, ranks)], {why skipped: how many})."""
+    # Keys: chosen, rejected, or responses, ranks (lowest = best, equal = tie); the question's: see _question.
     found, skipped = [], Counter()
-    for where, record, instruction, input in _records(path):
-        if "chosen" in record or "rejected" in record:
-            record |= {"responses": [record.get("chosen"), record.get("rejected")], "ranks": [0, 1]}
+    for where, record in _records(names):
+        question = _question(where, record)
         answers = _take(where, record, "responses", "chosen, rejected", like=["an answer", "another"])
         ranks = _take(where, record, "ranks", like=[0, 1])
         if len(ranks) != len(answers) or min(ranks, default=0) < 0:
             raise UserError(f"{where}: needed: {len(answers)} \"ranks\", from 0 (the best) on, not {ranks}")
-        history = _take(where, record, "history", like=[["a question", "its answer"]], default=[])
-        if any(len(turn) != 2 for turn in history):
-            raise UserError(f"{where}: needed: a question and its answer in each turn of \"history\"")
         distinct = dict(zip(answers, ranks))        # of equal texts one counts
         if len(set(distinct.values())) > 1:
-            found.append((instruction, input, [*map(tuple, history)], [*distinct], [*distinct.values()]))
+            found.append((*question, [*distinct], [*distinct.values()]))
         else:
             skipped["with one answer" if len(answers) < 2 else
                     "with equal texts" if len(distinct) < 2 else "with ties only"] += 1
     if not found:
-        raise UserError(f"{path} holds no comparison" + "".join(f"; {n} {why}" for why, n in skipped.items()))
+        raise UserError(f"{names} holds no comparison" + "".join(f"; {n} {why}" for why, n in skipped.items()))
     return found, skipped
-
 
 def pack(tokenizer, texts):
     """Many texts -> one array of ids, each text ended by <|endoftext|>."""
-    small = np.uint16 if tokenizer.size <= 2 ** 16 else np.uint32
-    return np.concatenate([np.array([*ids, tokenizer.end], small) for ids in tokenizer.encode_many(texts)])
-
+    small, many = (np.uint16 if tokenizer.size <= 2 ** 16 else np.uint32), tokenizer.encoding.encode_ordinary_batch
+    return np.concatenate([np.array([*ids, tokenizer.end], small) for ids in many(texts)])
 
 def windows(ids, block_size, n, seed):
     """n random windows of an array -> tokens (n, block_size + 1): inputs are [:, :-1], targets [:, 1:]."""
     starts = np.random.default_rng(seed).integers(0, len(ids) - block_size, n)
     return torch.from_numpy(np.stack([ids[s:s + block_size + 1] for s in starts]).astype(np.int64))
 
-
 def collate(examples, pad):
     """[(ids, mask)] of any lengths -> (B,T): tokens, real (no pads), labels (what is to be learnt)."""
     tokens = pad_sequence([torch.tensor(ids) for ids, _ in examples], batch_first=True, padding_value=pad)
     labels = pad_sequence([torch.tensor(mask, dtype=torch.bool) for _, mask in examples], batch_first=True)
     return tokens, torch.arange(tokens.shape[1]) < torch.tensor([[len(ids)] for ids, _ in examples]), labels
-
 
 def epoch_batches(lengths, batch_size, seed):
     """The order of one epoch, as index lists: every example once, each batch of about equal lengths."""

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 
 from attention import attention, causal_mask, join, padding_mask, segment_mask
 
-
 @dataclass(frozen=True)
 class GPTConfig:
     vocab_size: int            # V
@@ -30,7 +29,6 @@ class GPTConfig:
         if min(sizes) < 1 or self.n_embd % self.n_head or not 0 <= self.dropout < 1:
             raise ValueError(f"needed: sizes >= 1, n_embd a multiple of n_head, 0 <= dropout < 1; not {self}")
 
-
 def by_hand_is_faster(q):
     """q (B,H,Tq,D) -> whether the written-out attention beats the fused kernel here, as measured."""
     # On a CPU it does in bf16 up to T = 512, as the fused backward is slow (T = 256, forward + backward:
@@ -38,7 +36,6 @@ def by_hand_is_faster(q):
     # from B = 16 on (B = 64: 7 % more tokens/s in fp32, 40 % in bf16). Elsewhere fused takes less memory.
     B, _, Tq, _ = q.shape
     return q.device.type == "cpu" and (B >= 16 if Tq == 1 else q.dtype == torch.bfloat16 and Tq <= 512)
-
 
 class SelfAttention(nn.Module):
     def __init__(self, config):
@@ -57,7 +54,6 @@ class SelfAttention(nn.Module):
         y = attention(q, k, v, mask, causal=causal, flash=flash)    # (B,H,T,D)
         return self.dropout(self.c_proj(y.transpose(1, 2).flatten(2)))      # (B,T,C)
 
-
 class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -74,7 +70,6 @@ class Block(nn.Module):
         # Pre-norm: the stream x itself is never normalised, so gradients pass it unhindered.
         x = x + self.attn(self.ln_1(x), mask, causal, cache, layer)
         return x + self.mlp(self.ln_2(x))
-
 
 class GPT(nn.Module):
     def __init__(self, config):
@@ -110,12 +105,10 @@ class GPT(nn.Module):
 
     def hidden(self, tokens, mask=None, *, positions=None, segments=None, cache=None):
         """The trunk: tokens (B,T) int64 -> (B,T,C), normalised, for a head. ValueError beyond block_size.
-
         mask (B,T): True at real tokens; pads, on either side, are seen by nobody, and come out as anything.
         positions (B,T): rows of wpe; by default the number of real tokens before, in the same segment.
         segments (B,T): a number per packed document; they do not see each other. Not with a cache.
-        cache: a KVCache; `tokens` follow those that it holds, and `mask` covers both, (B,Tk).
-        """
+        cache: a KVCache; `tokens` follow those that it holds, and `mask` covers both, (B,Tk)."""
         T = tokens.shape[1]
         past = 0 if cache is None else cache.length
         # With a mask or positions given, pads may make the cache wider than the context.
@@ -134,12 +127,10 @@ class GPT(nn.Module):
             cache.length += T
         return self.ln_f(x)
 
-
 def waves(T, C):
     """(T,C): sines and cosines of the position, wavelengths 2π to 20,000π. Vaswani et al. 2017, 3.5"""
     angles = torch.arange(T)[:, None] * 10_000 ** (-torch.arange(0, C, 2) / C)      # (T, ceil(C/2))
     return torch.cat([angles.sin(), angles.cos()], dim=1)[:, :C]
-
 
 def token_positions(T, mask, segments, device):
     """(B,T), or (1,T) where all rows agree: how many real tokens of its segment precede a token."""
@@ -149,12 +140,10 @@ def token_positions(T, mask, segments, device):
     starts = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0))     # (B,T) True where one begins
     return before - (before * starts).cummax(1).values
 
-
 def decay_groups(model, weight_decay):
     """Optimiser groups: matrices and embeddings decay, norms and biases do not (RECIPE A8)."""
     return [{"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": weight_decay},
             {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}]
-
 
 def token_logprobs(logits, tokens):
     """log π(token | what stands before it): logits (B,T,V), tokens (B,T) -> (B,T-1), >= fp32."""
@@ -162,10 +151,8 @@ def token_logprobs(logits, tokens):
     logprobs = logits[:, :-1].log_softmax(-1, dtype=at_least_fp32)  # (B,T-1,V)
     return logprobs.gather(-1, tokens[:, 1:, None]).squeeze(-1)     # logits at t are about t+1
 
-
 class KVCache:
     """The keys and values of all tokens so far: a new token costs one token's work. Not for gradients."""
-
     def __init__(self, gpt, batch, capacity):
         c, weight = gpt.config, gpt.wte.weight
         autocast = torch.is_autocast_enabled(weight.device.type)
@@ -189,23 +176,19 @@ class KVCache:
             x[:len(rows), :, :self.length] = x[rows, :, :self.length]
         self.k, self.v = self.k[:, :len(rows)], self.v[:, :len(rows)]
 
-
 @dataclass
 class Generation:
     responses: list[list[int]]  # the sampled ids of each prompt, EOS included where it was sampled
     logprobs: torch.Tensor      # (B,R) fp32, log-probs of these ids, zeros after a response's end
 
-
 def generate(gpt, prompts, max_new_tokens, *, temperature=1.0, top_k=0, top_p=1.0, eos=None, generator=None,
              on_token=None):
     """Continue prompts (lists of ids, any lengths) by at most max_new_tokens -> Generation, or ValueError.
-
     temperature 0 is greedy. top_k > 0 keeps the k likeliest tokens, top_p < 1 then the fewest of these that
     hold so much probability. A response ends with `eos`, or where it and its prompt fill block_size. The
     log-probs are of what was drawn from: after temperature, top_k and top_p (RECIPE O2; greedy: zeros).
     generator: same seed, same result; a row's random numbers do not depend on the other rows' ends.
-    on_token: called at each step with the B new ids, None where a response has ended.
-    """
+    on_token: called at each step with the B new ids, None where a response has ended."""
     sizes, block_size = [len(p) for p in prompts], gpt.config.block_size
     if not prompts or min(sizes) == 0:
         raise ValueError("generate needs at least one prompt, and at least one token in each")
@@ -226,7 +209,6 @@ def generate(gpt, prompts, max_new_tokens, *, temperature=1.0, top_k=0, top_p=1.
         gpt.train(training)
     responses = [row[:n] for row, n in zip(tokens.tolist(), lengths)]
     return Generation(responses, logprobs[:, :max(lengths)].clone())    # an inference tensor serves no loss
-
 
 @torch.inference_mode()
 def decode(gpt, prompts, uniform, how, eos, on_token):
@@ -269,7 +251,6 @@ def decode(gpt, prompts, uniform, how, eos, on_token):
             mask = None if mask is None else mask[keep]
         new = token[:, None]
     return tokens, logprobs, length.tolist()
-
 
 def sample(logits, uniform, temperature, top_k, top_p):
     """One token a row: logits (B,V), uniform (B,) in [0,1) -> tokens (B,), log-probs (B,) fp32."""

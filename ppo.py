@@ -1,14 +1,12 @@
 """Step 3: PPO-ptx. The policy answers, the reward model scores, a KL penalty keeps it near the SFT model.
 
-    python ppo.py --config tiny                              the reward model of step 2
-    python ppo.py --config tiny --reward execution           the exact check instead
-    python ppo.py --config tiny --reward mine.py:score       your own score(prompts, responses) -> floats
-    python ppo.py --config tiny --ptx-coef 0                 no pretraining gradient: the stage ppo_no_ptx
-    python ppo.py --config tiny --advantage group            GRPO's advantage, no value model: the stage grpo
+    python ppo.py --config tiny                           the reward model of step 2
+    python ppo.py --config tiny --reward execution        the exact check instead
+    python ppo.py --config tiny --reward mine.py:score    your own score(prompts, responses) -> floats
+    python ppo.py --config tiny --ptx-coef 0              no pretraining gradient: the stage ppo_no_ptx
+    python ppo.py --config tiny --advantage group         GRPO's advantage, no value model: the stage grpo
 
     maximise  E[ r(x,y) - β log π(y|x)/π_SFT(y|x) ] + γ E_pretrain[ log π(x) ]            InstructGPT Eq. 2
-    γ weighs the pretraining gradient (`ptx_coef`); rewards are not discounted.
-
 Where this deviates from InstructGPT (Ouyang et al. 2022):
  1. The learning rate, β and γ suit a model 1,000 times smaller, with answers of 15 tokens and other scores.
     The pretraining loss is a mean over tokens; whether the paper's is, it does not say.
@@ -16,12 +14,10 @@ Where this deviates from InstructGPT (Ouyang et al. 2022):
  3. The paper is silent on λ (0.95), on the value's clip range (0.2) and on answers that do not end; as in
     Ziegler et al. 2019 the score of such an answer is replaced by -1.
  4. The gain of the last norm learns 200 times as fast: it is around 1, the matrices around 0.08, and most
-    wrong answers are one unlikely token. With one rate for all the policy became no surer in 20,000 episodes.
+    wrong answers are one unlikely token. With one rate the policy became no surer in 20,000 episodes.
  5. 20,000 episodes, drawn from fewer prompts than that; the paper has 256,000 of 31,000 prompts.
-
 Axes: B episodes, T tokens (prompt and response), R response tokens, V vocabulary, C channels. Tensors (B,R)
-are padded on the right; values[:, t] is the value of the state BEFORE response token t.
-"""
+are padded on the right; values[:, t] is the value of the state BEFORE response token t."""
 import copy
 import math
 import random
@@ -30,7 +26,6 @@ import time
 from dataclasses import asdict
 
 from config import UserError, flag, parse     # before torch: see there
-
 import numpy as np
 import torch
 
@@ -42,12 +37,10 @@ from reward import RewardModel, encode, score_many
 from sft import accumulate, plain_text
 from training import say
 
-
 def kl_estimates(logprobs, ref_logprobs):
     """Per-token estimates k1, k2, k3 of KL(π‖π_ref) from samples of π (Schulman 2020); E k1 = E k3 = KL."""
     k1 = logprobs - ref_logprobs
     return k1, k1 ** 2 / 2, torch.expm1(-k1) + k1               # k3 = exp(-k1) - 1 + k1
-
 
 def token_rewards(score, logprobs, ref_logprobs, mask, beta):
     """r_t = -β k1_t, and the score (B,) at the last real token -> (B,R)     bracket of InstructGPT Eq. 2"""
@@ -55,12 +48,9 @@ def token_rewards(score, logprobs, ref_logprobs, mask, beta):
     last = torch.arange(mask.shape[1], device=mask.device) == mask.sum(1, keepdim=True) - 1
     return -beta * k1 * mask + score[:, None] * last
 
-
 def gae(rewards, values, mask, gamma=1.0, lam=0.95):
     """Generalised advantage estimation (Schulman et al. 2016, Eq. 16) -> advantages, returns, both (B,R).
-
-    δ_t = r_t + γ V_{t+1} - V_t,  A_t = δ_t + γλ A_{t+1};  behind the end V = A = 0.  Returns R = A + V.
-    """
+    δ_t = r_t + γ V_{t+1} - V_t,  A_t = δ_t + γλ A_{t+1};  behind the end V = A = 0.  Returns R = A + V."""
     advantages, advantage, next_value = torch.zeros_like(values), 0.0, 0.0
     for t in reversed(range(values.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
@@ -69,21 +59,16 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
         advantages[:, t] = advantage
     return advantages, (advantages + values) * mask
 
-
 def group_advantages(rewards, mask, group):
     """GRPO's advantage (Shao et al. 2024, 4.1.2), no value model: rewards, mask (B,R) -> (B,R)
-
-    Neighbours in B, `group` at a time, answer the same prompt: A = (r - mean r) / std r of an answer's whole
-    reward r among them, at all its tokens. The KL is in r here; there it is a term of the loss.
-    """
+    Neighbours in B, `group` at a time, answer the same prompt: at all tokens of an answer A = (r - mean r)
+    / std r of its whole reward r among them. The KL is in r here; there it is a term of the loss."""
     r = rewards.sum(1).view(-1, group)
     advantages = (r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + 1e-4)
     return advantages.view(-1, 1) * mask
 
-
 def masked_mean(x, mask):
     return (x * mask).sum() / mask.sum()
-
 
 def whiten(x, mask, shift_mean=True):
     """x (B,R) with variance 1 (biased) over the real tokens, and mean 0 if shift_mean; 0 at pads."""
@@ -91,18 +76,16 @@ def whiten(x, mask, shift_mean=True):
     white = (x - mean) * torch.rsqrt(masked_mean((x - mean) ** 2, mask) + 1e-8)
     return (white if shift_mean else white + mean) * mask
 
-
 def policy_loss(logprobs, old_logprobs, advantages, mask, clip=0.2):
-    """- mean over the real tokens of min(A ρ, A clip(ρ, 1 ± ε)), ρ = π/π_old   Schulman et al. 2017, Eq. 7"""
+    """- mean over real tokens of min(A ρ, A clip(ρ, 1 ± ε)), ρ = π/π_old   Schulman et al. 2017, Eq. 7"""
     ratio = (logprobs - old_logprobs).exp()
-    return -masked_mean(torch.minimum(advantages * ratio, advantages * ratio.clamp(1 - clip, 1 + clip)), mask)
-
+    clipped = ratio.clamp(1 - clip, 1 + clip)
+    return -masked_mean(torch.minimum(advantages * ratio, advantages * clipped), mask)
 
 def value_loss(values, old_values, returns, mask, clip=0.2):
     """½ mean of max((V - R)², (V_old + clip(V - V_old, ±c) - R)²): no reward for a step beyond the clip."""
     clipped = old_values + (values - old_values).clamp(-clip, clip)
     return 0.5 * masked_mean(torch.maximum((values - returns) ** 2, (clipped - returns) ** 2), mask)
-
 
 @torch.no_grad()
 def ema_update(ema, model, decay):
@@ -110,10 +93,8 @@ def ema_update(ema, model, decay):
     for slow, fast in zip(ema.parameters(), model.parameters()):
         slow.lerp_(fast, 1 - decay)
 
-
 class Episodes:
     """B prompts with their responses as tensors: tokens and real (B,T), mask (B,R), where (B,R+1)."""
-
     def __init__(self, prompts, responses, pad, device):
         tokens, real, _ = data.collate([(p + r, [1] * len(p + r)) for p, r in zip(prompts, responses)], pad)
         sizes, starts = (torch.tensor([len(x) for x in part]) for part in (responses, prompts))
@@ -127,7 +108,8 @@ class Episodes:
         """log π of the response tokens -> (B,R), or with the entropy of their distributions, also (B,R)."""
         with cast:
             x = policy.hidden(self.tokens, self.real)                                       # (B,T,C)
-            logits = policy.unembed(x.gather(1, self.where[..., None].expand(-1, -1, x.size(2))))  # (B,R+1,V)
+            x = x.gather(1, self.where[..., None].expand(-1, -1, x.size(2)))                # (B,R+1,C)
+            logits = policy.unembed(x)                                                      # (B,R+1,V)
         logprobs = token_logprobs(logits, self.tokens.gather(1, self.where))                # (B,R)
         if not entropy:
             return logprobs
@@ -139,13 +121,11 @@ class Episodes:
         with cast:
             return model(self.tokens, self.real).gather(1, self.where[:, :-1])
 
-
 def minibatches(lengths, n, micro, seed):
     """Every episode once: n minibatches at random, each cut into micro-batches of about equal lengths."""
     order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(seed)).tolist()
-    parts = [sorted(order[i::n], key=lengths.__getitem__) for i in range(n)]
-    return [[rows.tolist() for rows in np.array_split(part, min(micro, len(part)))] for part in parts if part]
-
+    parts = [sorted(order[i::n], key=lengths.__getitem__) for i in range(n) if order[i::n]]
+    return [[rows.tolist() for rows in np.array_split(part, min(micro, len(part)))] for part in parts]
 
 def make_reward(config, folder, policy, tokenizer, cast, device):
     """--reward -> a function (tasks, answers) -> scores; and step 2's model if it is that, or None."""
@@ -157,42 +137,37 @@ def make_reward(config, folder, policy, tokenizer, cast, device):
         raise UserError(f"{folder} has no reward model. Make it first: python reward.py --out {folder}")
     model, size = RewardModel(policy).to(device), policy.config.block_size
     model.load_state_dict(training.load(folder / "reward.pt", device))
-
     def score(tasks, answers):
         ids = [encode(tokenizer, t.parts, [a], size) for t, a in zip(tasks, answers)]
         return score_many(model, ids, tokenizer.pad, cast, batch=128)[:, 0].tolist()
     return score, model
-
 
 def own_reward(name):
     """"FILE.py:function" -> the user's score(prompts, responses), checked at each call."""
     path, _, function = name.rpartition(":")
     try:
         score = runpy.run_path(path)[function]
-    except Exception as error:
-        raise UserError(f"--reward {name}: {type(error).__name__}: {error}. Give FILE.py:FUNCTION") from None
-
+    except Exception as e:
+        raise UserError(f"--reward {name}: {type(e).__name__}: {e}. Give FILE.py:FUNCTION") from None
     def checked(tasks, answers):
         prompts = [task.prompt for task in tasks]
         try:
             scores = [float(value) for value in score(prompts, list(answers))]
-        except Exception as error:
-            raise UserError(f"{name}: {type(error).__name__}: {error}; prompts: {prompts[0]!r:.80}") from None
+        except Exception as e:
+            raise UserError(f"{name}: {type(e).__name__}: {e}; prompts: {prompts[0]!r:.80}") from None
         strange = [f"{v} for {p!r:.80}" for p, v in zip(prompts, scores) if not math.isfinite(v)]
         if strange or len(scores) != len(prompts):
             raise UserError(f"{name} gave {len(scores)} scores for {len(prompts)} answers {strange[:1]}")
         return scores
     return checked
 
-
 def rollout(policy, tokenizer, tasks, reward, config, seed, cast):
-    """Answer at temperature 1, top-k and top-p off, and score -> prompts, [training.Answer], scores (B,)."""
+    """Answer at temperature 1, no top-k, no top-p, and score -> prompts, [training.Answer], scores (B,)."""
     prompts = [data.encode_prompt(tokenizer, *task.parts)[1 - policy.config.block_size:] for task in tasks]
     answers = training.respond(policy, tokenizer, prompts, config.max_new_tokens, 1.0, seed, cast)
     scores = torch.tensor(reward(tasks, [a.text for a in answers]), dtype=torch.float32)
     ended = torch.tensor([a.ended for a in answers])
     return prompts, answers, torch.where(ended, scores, config.unfinished_score)    # replaced (RECIPE O7)
-
 
 @torch.no_grad()
 def assess(policy, reference, value, batches, cast):
@@ -209,18 +184,16 @@ def assess(policy, reference, value, batches, cast):
             values[rows, :e.R] = e.values(value, cast)
     return old * mask, ref * mask, values * mask, mask, masked_mean(entropy, mask).item()
 
-
 def update(policy, value, minibatch, old, advantages, returns, old_values, mask, config, cast):
     """Gradients of both losses, means over one minibatch, micro-batch by micro-batch -> metrics."""
     found = dict(policy_loss=0.0, value_loss=0.0, ratio_max=0.0, ratio_off=0.0, clip_fraction=0.0)
     total = sum(mask[rows].sum() for rows, _ in minibatch)
     for rows, e in minibatch:
-        cut, share = slice(0, e.R), mask[rows].sum() / total
-        m, before = mask[rows, cut], old[rows, cut]
-        logprobs = e.logprobs(policy, cast)
-        loss = share * policy_loss(logprobs, before, advantages[rows, cut], m, config.clip_ratio)
+        m, before, A, R, V = (x[rows, :e.R] for x in (mask, old, advantages, returns, old_values))
+        logprobs, share = e.logprobs(policy, cast), m.sum() / total
+        loss = share * policy_loss(logprobs, before, A, m, config.clip_ratio)
         v_loss = torch.zeros(()) if value is None else share * value_loss(
-            e.values(value, cast), old_values[rows, cut], returns[rows, cut], m, config.clip_value)
+            e.values(value, cast), V, R, m, config.clip_value)
         (loss + v_loss).backward()                                      # they share no weights
         ratio = ((logprobs.detach() - before) * m).exp()
         off = (ratio - 1).abs()
@@ -231,12 +204,10 @@ def update(policy, value, minibatch, old, advantages, returns, old_values, mask,
             found[name] = max(found[name], x.max().item())
     return found
 
-
 def pretraining_gradient(policy, corpus, config, seed, cast):
-    """Adds γ ∇ E_pretrain[-log π] to the gradient that is there -> the loss      last term of InstructGPT Eq. 2"""
+    """Adds γ ∇ E_pretrain[-log π] to the gradient that is there -> the loss     end of InstructGPT Eq. 2"""
     text = data.windows(corpus, config.ptx_window, config.ptx_tokens // config.ptx_window, seed)
     return accumulate(policy, [plain_text(text)], cast, config.ptx_coef)
-
 
 def summarise(steps, old, ref, values, returns, rewards, mask):
     """The metrics of an iteration (RECIPE O20); steps: those of its minibatches."""
@@ -247,7 +218,6 @@ def summarise(steps, old, ref, values, returns, rewards, mask):
     return {**per_answer, **{key: sum(step[key] for step in steps) / len(steps) for key in steps[0]},
             "ratio_first": steps[0]["ratio_off"], "ratio_max": max(step["ratio_max"] for step in steps),
             "explained_variance": 1 - error.item() / max(spread.item(), 1e-8)}
-
 
 @torch.no_grad()
 def sequence_kl(policy, reference, tokenizer, tasks, answers, cast):
@@ -260,9 +230,8 @@ def sequence_kl(policy, reference, tokenizer, tasks, answers, cast):
         found += (k1 * e.mask).sum(1).tolist()
     return found
 
-
 def held_out(policy, reference, tokenizer, tasks, reward, config, cast):
-    """What the judge, where it knows the tasks, and the reward say of answers to held-out prompts; their KL."""
+    """The judge's (where it knows the tasks) and the reward's means over held-out prompts, and the KL."""
     _, answers, scores = rollout(policy, tokenizer, tasks, reward, config, config.seed, cast)
     moved = sequence_kl(policy, reference, tokenizer, tasks, answers, cast)
     found = {"proxy": scores.mean().item(), "held_out_kl": sum(moved) / len(tasks)}
@@ -272,20 +241,17 @@ def held_out(policy, reference, tokenizer, tasks, reward, config, cast):
                   for name, key in (("gold", "score"), ("right", "right"))}
     return found
 
-
 def prompts_of(config):
-    """The tasks to answer, and those to measure on: the built-in world's, or the prompts of your own file."""
+    """The tasks to answer, and those to measure on: the built-in world's, or your own file's prompts."""
     if not config.data:
         return (world.tasks(config.prompts, "train", config.seed + 2000, world.PRACTICE),
                 world.tasks(config.eval_prompts, "val", config.seed))
     own = [world.Task("", instruction, input, "", (), history=tuple(history))
            for instruction, input, history in data.read_prompts(config.data)]
-    pool, test = [task for i, task in enumerate(own) if i % 20] or own, own[::20][:config.eval_prompts]
-    return pool, test
-
+    return [task for i, task in enumerate(own) if i % 20] or own, own[::20][:config.eval_prompts]
 
 def health(row, past):
-    """What is wrong with this iteration, the cause and the remedy -> list of str. past: the earlier rows."""
+    """What is wrong with this iteration, cause and remedy -> list of str. past: the earlier rows."""
     first, measured = (past or [row])[0], [r for r in past if "gold" in r]
     best = max(measured, key=lambda r: r["gold"], default=row)
     checks = (
@@ -294,70 +260,65 @@ def health(row, past):
         (row["entropy"] < 0.2 * first["entropy"], "entropy has collapsed to {entropy:.2f}. Raise --beta"),
         (row["eos_rate"] < first["eos_rate"] - 0.05, "only {eos_rate:.0%} of the answers end: raise "
          "--max-new-tokens, lower --unfinished-score"),
-        (not 0.6 <= row["length"] / first["length"] <= 1.6, "answers have {length:.0f} tokens now: does the "
-         "reward pay for length? See length_correlation in reward.json, raise --beta"),
-        (len(past) >= 5 and row["explained_variance"] < 0, "explained variance {explained_variance:.2f}: the "
-         "value model is worse than a constant. Raise --value-lr"),
+        (not 0.6 <= row["length"] / first["length"] <= 1.6, "answers have {length:.0f} tokens now: does "
+         "the reward pay for length? See length_correlation in reward.json, raise --beta"),
+        (len(past) >= 5 and row["explained_variance"] < 0, "explained variance {explained_variance:.2f}: "
+         "the value model is worse than a constant. Raise --value-lr"),
         ("gold" in row and row["gold"] < best.get("gold", 0) - 0.03 and row["proxy"] > best["proxy"],
          "the reward rises while held-out gold falls ({gold:.3f}): the policy exploits it. Stop earlier, "
          "raise --beta, or rank its answers: reward.py --from sft,ppo"))
     return [text.format(**row) for wrong, text in checks if wrong]
 
-
 MEASURED = {"gold": "gold", "right": "right", "proxy": "score", "held_out_kl": "KL in nats an answer"}
-SHOWN = "score kl entropy length eos_rate ptx_loss rollout_s scoring_s update_s ptx_s".split()     # while it runs
+SHOWN = "score kl entropy length eos_rate ptx_loss rollout_s scoring_s update_s ptx_s".split()  # as it runs
 
+def learners(config, policy, reward_model, device):
+    """What changes from step to step -> {name: model or optimiser}, without a value model for GRPO."""
+    gain = policy.ln_f.weight                                           # see deviation 4
+    groups = [{"params": [p for p in policy.parameters() if p is not gain]},
+              {"params": [gain], "lr": config.gain_lr}]
+    parts = {"policy": policy, "ema": copy.deepcopy(policy),
+             "adam": training.adamw(groups, config.lr, weight_decay=0.0)}
+    if config.advantage == "gae":
+        torch.manual_seed(training.seed_of(config.seed, "value"))
+        parts["value"] = copy.deepcopy(reward_model or RewardModel(policy)).to(device)
+        parts["value_adam"] = training.adamw(parts["value"].parameters(), config.value_lr, weight_decay=0.0)
+    return parts
 
-def check(config):
-    """UserError for sizes that cannot go together, before anything is computed."""
+def main():
+    started, (config, origin) = time.perf_counter(), parse("ppo", description=__doc__)
     for less, more in (("minibatches", "episodes"), ("group", "episodes"), ("ptx_window", "ptx_tokens")):
         a, b = getattr(config, less), getattr(config, more)
         if a > b:
             raise UserError(f"{flag(less)} {a} is more than {flag(more)} {b}")
-    if config.advantage == "group" and config.episodes % config.group:
-        raise UserError(f"--episodes {config.episodes} do not divide into groups of --group {config.group}")
-
-
-def main():
-    config, origin = parse("ppo", description=__doc__)
-    check(config)
-    started = time.perf_counter()
     folder, device, cast = training.begin("ppo", config, origin)
     policy, tokenizer, _ = training.load_model(folder, "sft", device)
-    group = config.group if config.advantage == "group" else 1
     reward, reward_model = make_reward(config, folder, policy, tokenizer, cast, device)
     corpora = sorted(folder.glob("corpus-*.npy"), key=lambda path: path.stat().st_mtime)
     if config.ptx_coef and not corpora:
-        raise UserError(f"{folder} has no corpus-*.npy, the text of step 0: run sft.py, or use --ptx-coef 0")
+        raise UserError(f"{folder} has no corpus-*.npy, step 0's text: run sft.py, or use --ptx-coef 0")
     corpus = np.load(corpora[-1], mmap_mode="r") if config.ptx_coef else None
-    torch.manual_seed(training.seed_of(config.seed, "value"))
-    reference, ema = copy.deepcopy(policy), copy.deepcopy(policy)
-    value = copy.deepcopy(reward_model) if reward_model else RewardModel(policy).to(device)
-    value = value if config.advantage == "gae" else None
-    gain = policy.ln_f.weight                                           # see deviation 4
-    rest = [p for p in policy.parameters() if p is not gain]
-    adam = training.adamw([{"params": rest}, {"params": [gain], "lr": config.gain_lr}], config.lr, weight_decay=0.0)
-    parts = {"policy": policy, "ema": ema, "adam": adam}
-    if value is not None:
-        value_adam = training.adamw(value.parameters(), config.value_lr, weight_decay=0.0)
-        parts |= {"value": value, "value_adam": value_adam}
-    optimizers = [part for name, part in parts.items() if name.endswith("adam")]
+    parts, reference = learners(config, policy, reward_model, device), copy.deepcopy(policy)
+    ema, value = parts["ema"], parts.get("value")
+    adams = [parts[name] for name in ("adam", "value_adam") if name in parts]
     name = "grpo" if value is None else "ppo" if config.ptx_coef else "ppo_no_ptx"
+    group = config.group if value is None else 1
     stage = training.Stage(folder, name, config, config.iterations, **parts)
     pool, test = prompts_of(config)
-    say(f"step 3: {stage.steps} iterations of {config.episodes} answers, stage {stage.name}")
+    say(f"step 3: {stage.steps} iterations of {config.episodes} answers, stage {name}")
 
     for iteration in stage:
         seeds, seed = [config.seed, iteration], training.seed_of(config.seed, iteration)
-        clock, ptx_seconds = [time.perf_counter()], 0.0
-        drawn = random.Random(str(seeds)).sample(pool * -(-config.episodes // len(pool)), config.episodes // group)
+        clock, ptx_seconds, steps = [time.perf_counter()], 0.0, []
+        enough = pool * -(-config.episodes // len(pool))
+        drawn = random.Random(str(seeds)).sample(enough, config.episodes // group)
         tasks = [task for task in drawn for _ in range(group)]
         prompts, answers, score = rollout(policy, tokenizer, tasks, reward, config, seed, cast)
         clock.append(time.perf_counter())
         sizes = [len(prompt) + len(answer.ids) for prompt, answer in zip(prompts, answers)]
-        cuts = minibatches(sizes, config.minibatches, config.accumulate, seed)
         batches = [[(rows, Episodes([prompts[i] for i in rows], [answers[i].ids for i in rows],
-                                    tokenizer.pad, device)) for rows in micro] for micro in cuts]
+                                    tokenizer.pad, device)) for rows in micro]
+                   for micro in minibatches(sizes, config.minibatches, config.accumulate, seed)]
         old, ref, values, mask, entropy = assess(policy, reference, value, batches, cast)
         rewards = token_rewards(score.to(device), old, ref, mask, config.beta)
         if value is None:
@@ -367,36 +328,35 @@ def main():
             advantages = whiten(advantages, mask)                       # after the returns (RECIPE O10)
         clock.append(time.perf_counter())
 
-        lr, steps = training.set_lr(optimizers, min(1.0, 0.1 + 0.9 * iteration / config.warmup)), []
+        lr = training.set_lr(adams, min(1.0, 0.1 + 0.9 * iteration / config.warmup))
         for i, minibatch in enumerate(batches):                         # one epoch: each episode once
             found = update(policy, value, minibatch, old, advantages, returns, values, mask, config, cast)
-            if config.ptx_coef:                             # into the same gradient
+            if config.ptx_coef:                                         # into the same gradient
                 start = time.perf_counter()
                 found["ptx_loss"] = pretraining_gradient(policy, corpus, config, [*seeds, i], cast)
                 ptx_seconds += time.perf_counter() - start
-            found["norm"] = stage.update([adam], found["policy_loss"], config.clip)
-            if value is not None:
-                stage.update([value_adam], found["value_loss"], config.clip)
+            norms = [stage.update([adam], found[loss], config.clip)
+                     for adam, loss in zip(adams, ("policy_loss", "value_loss"))]
             ema_update(ema, policy, config.ema)
-            steps.append(found)
-
+            steps.append(found | {"norm": norms[0]})
         clock.append(time.perf_counter())
-        row = summarise(steps, old, ref, values, returns, rewards, mask)
-        row |= {"score": score.mean().item(), "entropy": entropy, "lr": lr,
-                "eos_rate": sum(answer.ended for answer in answers) / len(answers), "rollout_s": clock[1] - clock[0],
-                "scoring_s": clock[2] - clock[1], "update_s": clock[3] - clock[2] - ptx_seconds, "ptx_s": ptx_seconds}
+
+        rollout_s, scoring_s, update_s = np.diff(clock).tolist()
+        row = summarise(steps, old, ref, values, returns, rewards, mask) | {
+            "score": score.mean().item(), "entropy": entropy, "lr": lr,
+            "eos_rate": sum(answer.ended for answer in answers) / len(answers), "rollout_s": rollout_s,
+            "scoring_s": scoring_s, "update_s": update_s - ptx_seconds, "ptx_s": ptx_seconds}
         if (iteration + 1) % config.eval_every == 0 or iteration + 1 == stage.steps:
             row |= held_out(ema, reference, tokenizer, test, reward, config, cast)
-            say(f"  {stage.name} {iteration + 1}: held-out " + ", ".join(
+            say(f"  {name} {iteration + 1}: held-out " + ", ".join(
                 f"{label} {row[key]:.3f}" for key, label in MEASURED.items() if key in row))
         for warning in health(row, stage.history):
-            say(f"  ! {stage.name} {iteration + 1}: {warning}")
+            say(f"  ! {name} {iteration + 1}: {warning}")
         stage.log(tokens=int(mask.sum()), shown=SHOWN, **row)
     stage.finish(ema.state_dict(), model=asdict(policy.config), parent="sft", last=row)
     say(f"done in {training.clock(time.perf_counter() - started)}. Next:\n"
         f"  python sample.py --compare --out {folder}      the answers of all stages, side by side\n"
         f"  python evaluate.py --out {folder}              measure them on held-out prompts")
-
 
 if __name__ == "__main__":
     training.command(main)

@@ -1,18 +1,17 @@
 """Step 2: a reward model, from rankings of K answers to the same prompt.
 
-    python reward.py --config tiny                       the SFT model answers, the labelers rank, it learns
-    python reward.py --config tiny --from sft,ppo        second round: the labelers rank PPO's answers too
-    python reward.py --config tiny --data mine.jsonl     your own rankings
-    python reward.py --config tiny --objective dpo       no reward model: DPO trains a policy on the same rankings
+    python reward.py --config tiny                     the SFT model answers, the labelers rank, it learns
+    python reward.py --config tiny --from sft,ppo      second round: the labelers rank PPO's answers too
+    python reward.py --config tiny --data mine.jsonl   your own rankings
+    python reward.py --config tiny --objective dpo     DPO: the same rankings train a policy
 
-The built-in labelers rank by the exact judge's score, their taste and noise (`world.rank`). The reward model
-sees only their rankings; it is then measured against them, and against the judge that it never saw.
-
+The built-in labelers rank by the exact judge's score, their taste and noise (`world.rank`). The reward
+model sees only their rankings; it is measured against them, and against the judge that it never saw.
 Where this deviates from InstructGPT (Ouyang et al. 2022):
- 1. The score is the head's plus w times the log-likelihood that the trunk itself gives to the answer. From a
-    few thousand prompts a head alone does not learn what the SFT model knows already, right from wrong:
-    of held-out pairs it ordered 62 % so, and 84 % with the sum (seed 1). `--likelihood no` is the paper's form.
- 2. Muon and AdamW at rates that suit a small model, and fewer prompts a step: 64 would leave too few steps.
+ 1. The score is the head's plus w times the trunk's own log-likelihood of the answer. From a few thousand
+    prompts a head alone does not learn what the SFT model knows already, right from wrong: of held-out
+    pairs it ordered 62 % so, the sum 84 % (seed 1). `--likelihood no` is the paper's form.
+ 2. Muon and AdamW at rates that suit a small model; fewer prompts a step: 64 would leave too few steps.
  3. Some answers are drawn at other temperatures, some are demonstrations; the paper's are several models'.
  4. Trunk and policy have the same size; the paper uses one 6B reward model for all.
 Axes: B batch, T tokens, C channels, N prompts, K completions of one prompt."""
@@ -24,7 +23,6 @@ from dataclasses import asdict
 from itertools import islice
 
 from config import UserError, parse     # before torch: see there
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -36,23 +34,19 @@ import world
 from model import token_logprobs
 from training import say
 
-
 def answer_logprobs(gpt, x, tokens, mask, after):
-    """log π of the tokens behind the last `after` (an id) of each row, zeros elsewhere: x (B,T,C) -> (B,T)"""
+    """log π of each row's tokens behind its last `after` (an id), zeros elsewhere: x (B,T,C) -> (B,T)"""
     answer = (tokens == after).flip(1).cumsum(1).flip(1) == 0
     answer &= F.pad(torch.ones_like(tokens[:, 1:]) if mask is None else mask[:, 1:], (1, 0)).bool()
     x, y = x[answer.roll(-1, 1)], tokens[answer]        # the n answer tokens, and what stands before each
-    logprobs = token_logprobs(gpt.unembed(x)[:, None].expand(-1, 2, -1), y[:, None].expand(-1, 2))      # (n,1)
+    logits = gpt.unembed(x)[:, None].expand(-1, 2, -1)                              # (n,2,V)
+    logprobs = token_logprobs(logits, y[:, None].expand(-1, 2))                     # (n,1)
     return logprobs.new_zeros(tokens.shape).masked_scatter(answer, logprobs)
 
-
 class RewardModel(nn.Module):
-    """A GPT with one scalar a token in place of the unembedding's logits; owns a copy of the trunk.
-
-    s(x,y) = head(h_T) + w Σ_t log π(y_t | x, y_<t) + shift, where π is the trunk's own distribution, w is
-    learnt, and y stands behind the last token `answer_after` (an id; None: no such sum, as in the paper).
-    """
-
+    """s(x,y) = head(h_T) + w Σ_t log π(y_t | x, y_<t) + shift: a GPT (a copy) with one scalar a token.
+    π is the trunk's own distribution, w is learnt, y stands behind the last token `answer_after` (an id;
+    None: no such sum, as in the paper)."""
     def __init__(self, gpt, answer_after=None):
         super().__init__()
         self.trunk, d = copy.deepcopy(gpt), gpt.config.n_embd
@@ -61,7 +55,7 @@ class RewardModel(nn.Module):
         nn.init.zeros_(self.head.bias)
         self.w = nn.Parameter(torch.tensor([0.2]))
         self.register_buffer("answer_after", torch.tensor(-1 if answer_after is None else answer_after))
-        self.register_buffer("shift", torch.zeros(()))      # puts demonstrations at zero; set after training
+        self.register_buffer("shift", torch.zeros(()))      # puts demonstrations at 0; set after training
 
     def forward(self, tokens, mask=None):
         """tokens (B,T), mask (B,T) -> (B,T) fp32: the score of the text up to each token."""
@@ -76,13 +70,9 @@ class RewardModel(nn.Module):
         last = (torch.arange(tokens.shape[1], device=tokens.device) * mask).argmax(1)           # (B,)
         return self(tokens, mask).gather(1, last[:, None]).squeeze(1)
 
-
 class ImplicitReward(nn.Module):
     """What a policy's own log-probs say of an answer: r(x,y) = β log π(y|x) / π_ref(y|x).   DPO Eq. 5
-
-    `ranking_loss` of it is DPO's loss (Rafailov et al. 2023, Eq. 7, and for K answers their appendix A.3).
-    """
-
+    `ranking_loss` of it is DPO's loss (Rafailov et al. 2023, Eq. 7; for K answers their appendix A.3)."""
     def __init__(self, gpt, answer_after, beta):
         super().__init__()
         self.policy, self.reference = copy.deepcopy(gpt), copy.deepcopy(gpt).requires_grad_(False)
@@ -94,45 +84,40 @@ class ImplicitReward(nn.Module):
                    for gpt in (self.policy, self.reference))
         return self.beta * (pi - ref)
 
-
 def preferred(ranks):
     """ranks (N,K), 0 = best, equal = tie, -1 = absent -> (N,K,K) bool: is i ranked above j?"""
     present = ranks >= 0
     return (ranks[:, :, None] < ranks[:, None, :]) & present[:, :, None] & present[:, None, :]
 
+def margins(scores):
+    """(N,K) -> (N,K,K): s_i - s_j"""
+    return scores[:, :, None] - scores[:, None, :]
 
 def ranking_loss(scores, ranks):
-    """- mean log σ(s_i - s_j) over a prompt's pairs i ≻ j, then the mean over prompts.     InstructGPT Eq. 1
-
-    scores (N,K), ranks (N,K) as in `preferred` -> scalar. Ties and absent completions make no pair; a prompt
-    without pairs does not count; every other prompt weighs the same, whatever its K.
-    """
-    pairs = preferred(ranks)                                    # (N,K,K)
-    margins = scores[:, :, None] - scores[:, None, :]           # (N,K,K)  s_i - s_j
-    losses = F.softplus(-margins).masked_fill(~pairs, 0)        # -log σ(z) = softplus(-z), finite for all z
-    n = pairs.sum((1, 2))                                       # (N,) at most C(K,2)
+    """- mean log σ(s_i - s_j) over a prompt's pairs i ≻ j, then the mean over prompts.   InstructGPT Eq. 1
+    scores (N,K), ranks (N,K) as in `preferred` -> scalar. Ties and absent completions make no pair; a
+    prompt without pairs does not count; every other prompt weighs the same, whatever its K."""
+    pairs = preferred(ranks)                                        # (N,K,K)
+    losses = F.softplus(-margins(scores)).masked_fill(~pairs, 0)    # -log σ(z) = softplus(-z): finite
+    n = pairs.sum((1, 2))                                           # (N,) at most C(K,2)
     return (losses.sum((1, 2)) / n.clamp(min=1)).sum() / (n > 0).sum().clamp(min=1)
 
-
 def accuracy(scores, pairs):
-    """The share of pairs (N,K,K) that scores (N,K) order the same way; equal scores count ½. None of none."""
-    margins = (scores[:, :, None] - scores[:, None, :])[pairs]
-    return ((margins > 0).double() + 0.5 * (margins == 0)).mean().item() if len(margins) else None
-
+    """The share of pairs (N,K,K) that scores (N,K) order so; equal scores count ½. None of none."""
+    hit = (margins(scores)[pairs].sign().double() + 1) / 2
+    return hit.mean().item() if len(hit) else None
 
 def reliability(scores, pairs, bins=5):
     """Are the probabilities true? -> [(mean predicted P, how often it came true, pairs)], by P >= ½."""
-    margins = (scores[:, :, None] - scores[:, None, :])[pairs]      # of the preferred over the other
-    predicted, hit = margins.abs().sigmoid(), (margins > 0).double() + 0.5 * (margins == 0)
+    z = margins(scores)[pairs]                                  # of the preferred over the other
+    predicted, hit = z.abs().sigmoid(), (z.sign().double() + 1) / 2
     bin_of = ((predicted - 0.5) * 2 * bins).long().clamp(max=bins - 1)
-    members = [bin_of == b for b in range(bins) if (bin_of == b).any()]
-    return [(predicted[of].mean().item(), hit[of].mean().item(), int(of.sum())) for of in members]
-
+    return [(predicted[of].mean().item(), hit[of].mean().item(), int(of.sum()))
+            for of in (bin_of == b for b in range(bins)) if of.any()]
 
 def table(rows, filler=-1):
     """N lists of up to K numbers -> (N,K); ranks with -1 where there is none."""
     return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=filler)
-
 
 def score_groups(model, groups, pad, cast):
     """N lists of up to K id lists -> scores (N,K), 0 where there is none; one forward a completion."""
@@ -142,7 +127,6 @@ def score_groups(model, groups, pad, cast):
         scores = model.score(tokens.to(device), real.to(device))                    # (sum of K,)
     return pad_sequence(scores.split(list(map(len, groups))), batch_first=True)
 
-
 @torch.no_grad()
 def score_many(model, groups, pad, cast, batch=32):
     """As `score_groups`, without gradients and for any number of groups -> (N,K) on the CPU."""
@@ -151,9 +135,8 @@ def score_many(model, groups, pad, cast, batch=32):
         found |= zip(part, score_groups(model, [groups[i] for i in part], pad, cast).tolist())
     return table([found[i] for i in range(len(groups))], 0)
 
-
 def sample_groups(models, tokenizer, tasks, config, seed, cast, mixed=True):
-    """K answers of these models to each task, at one temperature or `mixed` -> N lists of (text, Verdict)."""
+    """K answers of these models to each task, temperature 1 or `mixed` -> N lists of (text, Verdict)."""
     r, found, places = random.Random(f"answers {seed}"), {}, {}
     sizes = [r.randint(config.min_k, config.max_k) for _ in tasks]
     slots = [(i, k) for i, size in enumerate(sizes) for k in range(size)]
@@ -172,52 +155,49 @@ def sample_groups(models, tokenizer, tasks, config, seed, cast, mixed=True):
     judged = zip(texts, world.judge_many([tasks[i] for i, _ in slots], texts, ended))
     return [list(islice(judged, size)) for size in sizes]
 
-
 def make_comparisons(config, folder, tokenizer, device, cast):
     """The labelers' rankings, as data.read_comparisons gives them; kept in the folder as JSONL."""
     stages = [name.strip() for name in config.from_.split(",")]
     models = [training.load_model(folder, name, device)[0] for name in stages]
+    made = [(folder / f"{name}.pt").stat().st_mtime_ns for name in stages]
     key = training.seed_of(config.seed, ",".join(stages), config.prompts, config.min_k, config.max_k,
-                           config.max_new_tokens, *((folder / f"{s}.pt").stat().st_mtime_ns for s in stages))
+                           config.max_new_tokens, *made)
     path = folder / f"comparisons-{key:08x}.jsonl"
     if not path.exists():
         tasks = world.tasks(config.prompts, "train", config.seed + 1000, world.PRACTICE)
         groups = sample_groups(models, tokenizer, tasks, config, config.seed, cast)
-        r, keys = random.Random(f"ranking {config.seed}"), "instruction input history responses ranks".split()
-        ranks = (world.rank(r, *zip(*group), r.choice(world.RANKERS)) for group in groups)
-        rows = [dict(zip(keys, (*task.parts, [text for text, _ in group], ranked)))
-                for task, group, ranked in zip(tasks, groups, ranks)]
+        r = random.Random(f"ranking {config.seed}")
+        rows = [dict(zip(("instruction", "input", "history"), task.parts), responses=[a for a, _ in group],
+                     ranks=world.rank(r, *zip(*group), r.choice(world.RANKERS)))
+                for task, group in zip(tasks, groups)]
         training.save_atomically(rows, path)
         say(f"  {sum(map(len, groups)):,} answers to {len(tasks):,} prompts sampled and ranked: {path}")
     return data.read_comparisons(path)[0]
-
 
 def encode(tokenizer, parts, answers, size=0):
     """(instruction, input, history) and answers, as the model reads them -> the last `size` ids of each."""
     return [data.encode_example(tokenizer, *parts[:2], answer, parts[2])[0][-size:] for answer in answers]
 
-
 def encode_groups(tokenizer, comparisons, size):
     """-> [(lists of ids, ranks)], one a prompt; what is longer than the context is left out and counted."""
-    encoded = [list(zip(encode(tokenizer, parts, answers), ranks)) for *parts, answers, ranks in comparisons]
+    encoded = [[*zip(encode(tokenizer, parts, answers), ranks)] for *parts, answers, ranks in comparisons]
     fitting = [[(ids, rank) for ids, rank in group if len(ids) <= size] for group in encoded]
     groups = [tuple(zip(*group)) for group in fitting if len({rank for _, rank in group}) > 1]
     if not groups:
         raise UserError(f"no comparison of two answers fits into {size} tokens")
-    dropped = sum(map(len, encoded)) - sum(map(len, fitting))
-    say(f"  {len(groups):,} prompts; {dropped} answers are longer than {size} tokens with them and left out")
+    n = sum(map(len, encoded)) - sum(map(len, fitting))
+    say(f"  {len(groups):,} prompts; {n} answers are longer than {size} tokens with them and left out")
     return groups
-
 
 def train(config, folder, model, groups, pad, cast):
     """One epoch over the prompts; all pairs of a prompt are one element of a batch -> the Stage."""
     lengths = [max(map(len, ids)) for ids, _ in groups]
     batches = data.epoch_batches(lengths, config.batch_prompts, (config.seed, "reward"))
+    steps = len(batches[:config.steps or None])
     both = adamw, muon = training.muon_and_adamw(model, config.matrix_lr, config.lr, config.weight_decay)
-    stage = training.Stage(folder, config.objective, config, min(config.steps or len(batches), len(batches)),
-                           model=model, adamw=adamw, muon=muon)
+    stage = training.Stage(folder, config.objective, config, steps, model=model, adamw=adamw, muon=muon)
     for step in stage:
-        lr = training.set_lr(both, training.cosine(step, stage.steps, min(config.warmup, stage.steps // 10)))
+        lr = training.set_lr(both, training.cosine(step, steps, min(config.warmup, steps // 10)))
         ids, ranks = zip(*(groups[i] for i in batches[step]))
         scores = score_groups(model, ids, pad, cast)
         ranks = table(ranks).to(scores.device)
@@ -227,7 +207,6 @@ def train(config, folder, model, groups, pad, cast):
         stage.log(tokens=sum(len(x) for group in ids for x in group), loss=loss.item(), norm=norm, lr=lr,
                   accuracy=accuracy(scores.detach(), preferred(ranks)))
     return stage
-
 
 def measure(model, tokenizer, tasks, groups, seed, size, cast):
     """How good are the scores of answers to held-out prompts? -> what reward.json says of it."""
@@ -253,16 +232,14 @@ def measure(model, tokenizer, tasks, groups, seed, size, cast):
             "spread": both[0].std().item(), "reliability": reliability(scores, seen),
             "categories": {c: accuracy(scores, gold & these) for c, these in of.items()}}
 
-
 def main():
-    config, origin = parse("reward", description=__doc__)
-    started = time.perf_counter()
+    started, (config, origin) = time.perf_counter(), parse("reward", description=__doc__)
     folder, device, cast = training.begin("reward", config, origin)
     sft, tokenizer, _ = training.load_model(folder, "sft", device)
-    size = sft.config.block_size
+    size, dpo = sft.config.block_size, config.objective == "dpo"
     torch.manual_seed(training.seed_of(config.seed, "reward"))
-    model = (RewardModel(sft, tokenizer.assistant if config.likelihood else None) if config.objective == "reward" else
-             ImplicitReward(sft, tokenizer.assistant, config.dpo_beta)).to(device)
+    model = (ImplicitReward(sft, tokenizer.assistant, config.dpo_beta) if dpo else
+             RewardModel(sft, tokenizer.assistant if config.likelihood else None)).to(device)
     if config.data:     # every twentieth of the user's comparisons is held out
         comparisons, skipped = data.read_comparisons(config.data)
         say(f"step 2: {len(comparisons):,} comparisons in {config.data}; skipped: {skipped or 'none'}")
@@ -274,30 +251,27 @@ def main():
     stage = train(config, folder, model, encode_groups(tokenizer, comparisons, size), tokenizer.pad, cast)
     if config.data:
         ids, ranks = zip(*held_out)
-        pairs = preferred(table(ranks))
-        scores = score_many(model, ids, tokenizer.pad, cast)
+        scores, pairs = score_many(model, ids, tokenizer.pad, cast), preferred(table(ranks))
         found = {"accuracy": accuracy(scores, pairs), "pairs": int(pairs.sum())}
         zero = [[x for x, rank in zip(*group) if rank == min(group[1])] for group in held_out]
     else:
         tasks = world.tasks(config.eval_prompts, "val", config.seed)
         answers = sample_groups([sft], tokenizer, tasks, config, (config.seed, "val"), cast, mixed=False)
         found = measure(model, tokenizer, tasks, answers, config.seed, size, cast)
-        demonstrations = world.demonstrations(400, "val", config.seed)
-        zero = [encode(tokenizer, task.parts, [answer], size) for task, answer in demonstrations]
+        zero = [encode(tokenizer, task.parts, [answer], size)
+                for task, answer in world.demonstrations(400, "val", config.seed)]
     say("  on held-out prompts (gold: the judge's order; ceiling: the labelers in it):"
         + "".join(f"\n    {v:6.3f} {k}" for k, v in found.items() if isinstance(v, float)))
     if not config.data:
-        say("    accuracy_gold by category: " + ", ".join(f"{c} {a or 0:.2f}" for c, a in found["categories"].items())
-            + "\n    preference, predicted and observed: "
-            + ", ".join(f"{p:.2f} {o:.2f}" for p, o, _ in found["reliability"]))
-    if config.objective == "reward":
-        # The scores' zero is arbitrary: put it where demonstrations are (InstructGPT 3.5). Their scale stays.
+        categories = ", ".join(f"{c} {a or 0:.2f}" for c, a in found["categories"].items())
+        bins = ", ".join(f"{p:.2f} {o:.2f}" for p, o, _ in found["reliability"])
+        say(f"    accuracy_gold by category: {categories}\n    preference, predicted and observed: {bins}")
+    if not dpo:     # the scores' zero is arbitrary: put it where demonstrations are (InstructGPT 3.5)
         model.shift -= score_many(model, zero, tokenizer.pad, cast).sum().to(device) / sum(map(len, zero))
-    stage.finish((model if config.objective == "reward" else model.policy).state_dict(), model=asdict(sft.config),
-                 parent="sft", measured=found)
-    following = "ppo.py" if config.objective == "reward" else "evaluate.py"
-    say(f"done in {training.clock(time.perf_counter() - started)}. Next: python {following} --out {folder}")
-
+    stage.finish((model.policy if dpo else model).state_dict(), model=asdict(sft.config), parent="sft",
+                 measured=found)
+    say(f"done in {training.clock(time.perf_counter() - started)}. "
+        f"Next: python {'evaluate' if dpo else 'ppo'}.py --out {folder}")
 
 if __name__ == "__main__":
     training.command(main)

@@ -1,12 +1,15 @@
-"""Use a model: ask it once or several times, chat with it, compare the stages, run the code it wrote.
+"""Use a model: ask it, chat with it, compare the stages, run the code it wrote, rank its answers.
 
     python sample.py --prompt "What is the capital of France?" --num-samples 5
     python sample.py --prompt "Who likes tea?" --input "Anna likes tea. Ben lives in Oslo."
     python sample.py --prompt "请生成一个函数，用于计算两个矩阵的乘积" --execute
     python sample.py --compare
     python sample.py --chat
-"""
+    python sample.py --rank mine.jsonl --prompts asked.jsonl --num-samples 4 --temperature 1"""
 import contextlib
+import json
+import random
+import re
 import sys
 
 from config import UserError, parse     # before torch: see there
@@ -16,10 +19,15 @@ import training
 import world
 from training import say
 
-STAGES = ("base", "sft", "ppo_no_ptx", "ppo")       # the furthest last
 SHOWN = (*((prompt, "") for prompt in world.SHOWN),     # and a question that its text does not answer
          ("What is Nick's job? Use only the text.", "Nick likes grapes. Nick has a heavy frog."))
+KEYS = ("instruction", "input", "history", "responses", "ranks", "stage", "seed")   # of a ranking
 
+def encode(tokenizer, stage, instruction, input="", history=()):
+    """A prompt as this stage reads it -> ids. A base knows no turns: it continues the text."""
+    if stage != "base":
+        return data.encode_prompt(tokenizer, instruction, input, history)
+    return [tokenizer.end] + tokenizer.encode(" ".join((*sum(history, ()), instruction, input)).strip())
 
 def answers(model, tokenizer, prompt, n, config, cast, turn=0, **options):
     """n answers to one encoded prompt -> list of str. Each turn of a chat has a seed of its own."""
@@ -28,7 +36,6 @@ def answers(model, tokenizer, prompt, n, config, cast, turn=0, **options):
     found = training.respond(model, tokenizer, [prompt] * n, config.max_new_tokens, config.temperature,
                              config.seed + turn, cast, top_k=config.top_k, top_p=config.top_p, **options)
     return [answer.text for answer in found]
-
 
 def execute(answer, stdin):
     """Run an answer as Python and show what happens."""
@@ -42,7 +49,6 @@ def execute(answer, stdin):
     if result.error and result.error.startswith("EOFError"):
         say("--- it wants input: pipe it in, one line each, as in  seq 100 | python sample.py ... --execute")
 
-
 class Stream:
     """Prints an answer while it is made; a character whose bytes are not all there yet waits for them."""
     def __init__(self, tokenizer):
@@ -52,7 +58,6 @@ class Stream:
         self.ids += [i for i in new if i is not None]
         before, self.shown = self.shown, self.tokenizer.decode(self.ids).rstrip("\ufffd")
         print(self.shown[len(before):], end="", flush=True)
-
 
 def chat(model, tokenizer, config, cast):
     """Turn by turn, until an empty line or Ctrl-D. Ctrl-C stops the answer, not the program."""
@@ -72,13 +77,75 @@ def chat(model, tokenizer, config, cast):
             history.append((question, stream.shown))
     say("bye")
 
+def parse_ranking(line, k):
+    """"2 > 1 = 3" or "2 1=3" -> [1, 0, 1], the rank of each of k answers: 0 = best, equal = tie. "s": all
+    tie. ValueError says what is wrong."""
+    names = [str(n) for n in range(1, k + 1)]
+    text = "=".join(names) if line.strip() == "s" else "".join(line.split())
+    if not re.fullmatch(f"[1-{k}]([>=]?[1-{k}])*", text):
+        raise ValueError(f"needed: the numbers 1 to {k}, best first, as in 2 > 1 or, a tie, 2 = 1; s skips")
+    if wrong := [name for name in names if text.count(name) != 1]:
+        raise ValueError(f"answer {wrong[0]} is {'there twice' if wrong[0] in text else 'missing'}")
+    places = re.findall("[1-9](?:=[1-9])*", text)                           # "2", "1=3"
+    return [rank for name in names for rank, tied in enumerate(places) if name in tied]
 
-def main():
+def keyboard(place, text, shown):
+    """Shows a prompt and its answers -> their ranks, as typed. EOFError at q and at Ctrl-D."""
+    say("\n".join([f"\n=== {place} {text}", *(f"[{i}] {answer}" for i, answer in enumerate(shown, 1))]))
+    while (line := input("best first> ")).strip() != "q":
+        try:
+            return parse_ranking(line, len(shown))
+        except ValueError as why:
+            say(f"{why}")
+    raise EOFError
+
+def rank(model, tokenizer, stage, config, cast, folder, ask=None):
+    """A person ranks K answers to each prompt, in blind order; each row for reward.py --data is kept at once.
+    A skipped prompt is a row of ties. Equal answers are shown once; where all are equal, nothing is asked."""
+    k, path, known, ranked = 4 if config.num_samples == 1 else config.num_samples, config.rank, set(), 0
+    prompts = (data.read_prompts(config.prompts) if config.prompts else
+               [task.parts for task in world.tasks(500, "val", config.seed)])
+    with open(path, "ab+") as file, contextlib.suppress(EOFError, KeyboardInterrupt):
+        file.seek(0)
+        lines = file.read().splitlines(keepends=True)
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+                known.add(json.dumps([row[key] for key in KEYS][:3]))
+            except (ValueError, LookupError, TypeError):
+                raise UserError(f"{path}, line {number}: needed: {', '.join(KEYS)}, as --rank writes them. "
+                                "Mend or remove the line, or name another file") from None
+        if lines and not line.endswith(b"\n"):
+            file.write(b"\n")
+        left = {key: parts for parts in prompts if (key := json.dumps(parts)) not in known}
+        say(f"{len(left)} prompts to rank, best first, like 2 > 1 = 3 (a tie) or 2 1=3; s skips, q quits")
+        for i, (key, (instruction, input, history)) in enumerate(left.items(), 1):
+            texts, prompt = [], encode(tokenizer, stage, instruction, input, history)
+            if len(prompt) < model.config.block_size:
+                drawn = answers(model, tokenizer, prompt, k, config, cast, training.seed_of(key))
+                texts = list(dict.fromkeys(drawn))
+            if len(texts) < 2:
+                say(f"left out, {'all answers equal' if texts else 'too long a prompt'}: {instruction!r:.60}")
+                continue
+            order = random.Random(key).sample(range(len(texts)), len(texts))   # the first is often commonest
+            turns = [f"{who}> {said}" for turn in history for who, said in zip(("you", "model"), turn)]
+            text = "\n\n".join(filter(None, [*turns, instruction, input]))
+            given = (ask or keyboard)(f"{i}/{len(left)}", text, [texts[j] for j in order])
+            ranks = [rank for _, rank in sorted(zip(order, given))]             # in the order of `texts`
+            row = zip(KEYS, (instruction, input, history, texts, ranks, stage, config.seed))
+            file.write(json.dumps(dict(row), ensure_ascii=False).encode() + b"\n")
+            file.flush()
+            ranked += len(set(ranks)) > 1
+    say(f"\n{ranked} ranked. The same command goes on; then: python reward.py --out {folder} --data {path}")
+
+def main(ask=None):
     config, _ = parse("sample", description=__doc__)
+    if config.prompt or config.num_samples > 9 if config.rank else config.prompts:
+        raise UserError("--rank OUT.jsonl takes --prompts FILE (no --prompt) and --num-samples 2 to 9")
     training.set_up_cpu(config.threads)
     folder, device = training.run_path(config), training.pick_device(config.device)
     cast = training.autocast(device, training.pick_dtype(config.dtype.replace("auto", "fp32"), device)[0])
-    stages = [stage for stage in STAGES if training.finished(folder, stage)]
+    stages = [stage for stage in training.MADE_BY if training.finished(folder, stage)]
     if not stages:
         raise UserError(f"{folder} holds no model yet. Train one first: python sft.py --config tiny")
     stages = stages if config.compare else [config.stage or stages[-1]]
@@ -88,21 +155,21 @@ def main():
             f"seed {config.seed}")
     if config.chat:
         return chat(model, tokenizer, config, cast)
+    if config.rank:
+        return rank(model, tokenizer, stage, config, cast, folder, ask)
     questions = [(config.prompt, config.input)] if config.prompt else SHOWN if config.compare else []
     if not questions:
         raise UserError("nothing to answer: --prompt \"...\" asks once, --chat begins a conversation")
     piped = sys.stdin.read() if config.execute and not sys.stdin.isatty() else ""   # for all that it runs
     for stage, question in ((stage, question) for question in questions for stage in stages):
         (model, tokenizer, _), text = models[stage], " ".join(question).strip()
-        prompt = (data.encode_prompt(tokenizer, *question) if stage != "base" else
-                  [tokenizer.end] + tokenizer.encode(text))     # a base knows no turns: it continues the text
+        prompt = encode(tokenizer, stage, *question)
         if config.compare:
             say(f"\n=== {stage}: {text}")
         for i, answer in enumerate(answers(model, tokenizer, prompt, config.num_samples, config, cast), 1):
             say(f"[{i}] {answer}" if config.num_samples > 1 else answer)
             if config.execute:
                 execute(answer, piped)
-
 
 if __name__ == "__main__":
     training.command(main)

@@ -14,8 +14,7 @@ per program (2 ms: no torch inside). The kernel [K], a Python audit hook [A] and
 
 This guards against the accidents of a small model; it is NO boundary against an attacker (use a virtual
 machine), who can fool an audit hook from inside, forge what tests in its own text print, or use what raises
-no audit event: os.stat sees which files exist, os.mkfifo makes one. macOS ignores the limit on memory.
-"""
+no audit event: os.stat sees which files exist, os.mkfifo makes one. macOS ignores the limit on memory."""
 import atexit, builtins, gc, io, marshal, math, mmap, os, random, resource, select, signal, sys, time  # noqa
 from collections import namedtuple
 from contextlib import suppress
@@ -32,11 +31,9 @@ Result = namedtuple("Result", "ok stdout error")  # ok: ran to its end, or left 
 _idle = []  # workers without a job
 os.register_at_fork(after_in_child=_idle.clear)  # they belong to the parent
 
-
 def run(code, stdin="", timeout=TIMEOUT):
     """Run one program -> Result. See `run_many`."""
     return run_many([(code, stdin)], timeout)[0]
-
 
 def run_many(programs, timeout=TIMEOUT, workers=None):
     """Run programs, each a str or a pair (code, stdin), -> a list of Result in the same order. timeout: CPU
@@ -68,10 +65,8 @@ def run_many(programs, timeout=TIMEOUT, workers=None):
             worker.stop()
     return results
 
-
 class _Worker:
     """A worker process as its caller sees it. It ends with its caller, whose pipe then closes."""
-
     def __init__(self):
         from subprocess import PIPE, Popen  # here: without it the worker forks faster
         self.process = Popen([sys.executable, "-SsB", "-X", "utf8", os.path.abspath(__file__)], cwd="/",
@@ -90,13 +85,11 @@ class _Worker:
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.communicate()  # closes the pipes and buries it
 
-
 @atexit.register
 def close():
     """Stop the workers that wait for the next call. It will start new ones."""
     while _idle:
         _idle.pop().stop()
-
 
 # ------------------------------------------------------- in the worker, and in the child that it forks
 def _serve():
@@ -117,7 +110,6 @@ def _serve():
             answer = _judge(*marshal.load(sys.stdin.buffer), null, main.__dict__, report)
     os._exit(0)
 
-
 def _judge(code, stdin, timeout, null, namespace, report):
     """Fork a child for the program, collect what it prints to its end, bury it -> its Result"""
     report[:] = b"killed".ljust(1024, b"\0")  # should it not come to writing anything
@@ -136,7 +128,6 @@ def _judge(code, stdin, timeout, null, namespace, report):
     error = report[:].rstrip(b"\0").decode("utf-8", "replace")
     error = "output" if len(text) > OUTPUT else "timeout" if late else error
     return not error, text[:OUTPUT].decode("utf-8", "replace"), error or None
-
 
 def _child(code, stdin, timeout, standard, namespace, report):
     """Lock this process down, run the program, write how it ended into `report`. Never returns."""
@@ -168,7 +159,6 @@ def _child(code, stdin, timeout, standard, namespace, report):
     finally:
         os._exit(0)  # no clean-up: the program may have left threads, exit handlers, locks
 
-
 def _audit(event, args):
     """Python calls this before it opens, forks, connects ...; raising forbids it."""
     allowed = event in ("os.putenv", "os.unsetenv", "os.walk", "os.fwalk") or not event.startswith(_DENIED)
@@ -177,7 +167,6 @@ def _audit(event, args):
         allowed = path.startswith(_LIBRARY) and not (event == "open" and args[2] & _WRITES)
     if not allowed:
         raise PermissionError(f"not allowed in the sandbox: {event}")
-
 
 if __name__ == "__main__":
     _serve()

@@ -1,13 +1,13 @@
 """Steps 0 and 1: from raw text to a model that follows instructions.
 
-    python sft.py --config tiny                pretrain on the built-in documents, fine-tune on demonstrations
-    python sft.py --config tiny --data book.txt           pretrain on your own text, then stop
-    python sft.py --config tiny --data mine.json          fine-tune on your own demonstrations
+    python sft.py --config tiny                    pretrain on built-in text, fine-tune on demonstrations
+    python sft.py --config tiny --data book.txt    pretrain on your own text, then stop
+    python sft.py --config tiny --data mine.json   fine-tune on your own demonstrations
 
 Both minimise the same next-token loss. In step 0 every token is a target; in step 1 only the response is.
 Where this deviates from InstructGPT (Ouyang et al. 2022):
- 1. The paper has two SFT models: a baseline of 16 epochs picked by reward (C.1), and for PPO one of 2 epochs
-    with 10 % pretraining data mixed in (C.3). Ours is the second one, in every role.
+ 1. The paper has two SFT models: a baseline of 16 epochs picked by reward (C.1), and for PPO one of 2
+    epochs with 10 % pretraining data mixed in (C.3). Ours is the second one, in every role.
  2. The paper does not say whether the prompt is learnt too. Here only the response is.
  3. Weight decay 0.1 and a short warm-up; the paper's learning rates belong to models 1,000 times larger.
  4. The base is pretrained here, in minutes, on documents made from a seed; the paper starts from GPT-3.
@@ -19,7 +19,6 @@ from dataclasses import asdict
 from itertools import islice, repeat
 
 from config import UserError, parse     # before torch: see there
-
 import numpy as np
 import torch
 
@@ -27,7 +26,6 @@ import data
 import training
 import world
 from training import say
-
 
 def next_token_loss(logits, targets, mask, reduction="mean"):
     """- mean over the unmasked targets of log π(y_t | y_<t); uniform logits give ln V.
@@ -37,7 +35,6 @@ def next_token_loss(logits, targets, mask, reduction="mean"):
     losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
     total = (losses * mask.flatten()).sum()
     return total if reduction == "sum" else total / mask.sum().clamp(min=1)
-
 
 def batch_loss(model, tokens, real, labels, cast):
     """Σ of next_token_loss over the labelled tokens of one batch (B,T); real None: there are no pads."""
@@ -51,7 +48,6 @@ def batch_loss(model, tokens, real, labels, cast):
         logits = model.unembed(x)
     return next_token_loss(logits, targets, torch.ones_like(targets), "sum")
 
-
 @torch.no_grad()
 def held_out_loss(model, batches, cast):
     """Mean next-token loss over the targets of all batches: [(tokens, real or None, labels)]."""
@@ -59,7 +55,6 @@ def held_out_loss(model, batches, cast):
     total = sum(batch_loss(model, *batch, cast).item() for batch in batches)
     model.train()
     return total / max(1, sum(int(labels[:, 1:].sum()) for _, _, labels in batches))
-
 
 def accumulate(model, batches, cast, weight=1.0):
     """Gradients of weight · the mean loss over ALL targets of several micro-batches -> that mean."""
@@ -69,7 +64,6 @@ def accumulate(model, batches, cast, weight=1.0):
         (weight * loss).backward()
         total += loss.item()
     return total
-
 
 # ------------------------------------------------------------------------ what is learnt from
 def make_tokenizer(config, folder, own):
@@ -84,21 +78,20 @@ def make_tokenizer(config, folder, own):
         texts = [own[:4_000_000]] if isinstance(own, str) else [
             *islice(world.documents(config.seed), 2000), *islice(world.recitals(config.seed), 1000),
             *(f"{task.prompt}\n{answer}" for task, answer in world.demonstrations(6000, seed=config.seed)),
-            *("\n".join(parts) for parts in own or ())]
+            *("\n".join(parts[:3]) for parts in own or ())]
         tokenizer = data.Tokenizer(data.train_bpe(texts, config.vocab_size - len(data.SPECIALS)))
     tokenizer.save(path)
     return tokenizer
 
-
 def make_corpus(config, folder, tokenizer, own):
-    """Step 0's text as arrays of ids -> (train, {name: held out}). The documents' file serves step 3 too."""
+    """Step 0's text as arrays of ids -> ({name: train}, {name: held out}). Step 3 reads the file too."""
     key = [own] if isinstance(own, str) else [config.seed, config.pretrain_docs]
     path = folder / f"corpus-{training.seed_of(*key, tokenizer.ranks):08x}.npy"
     if isinstance(own, str):
-        ids = data.pack(tokenizer, own.split("\n\n\n"))
-        cut = len(ids) - max(len(ids) // 10, config.block_size + 1)
-        if cut <= config.block_size:
-            raise UserError(f"{config.data}: {len(ids)} tokens, too few for --block-size {config.block_size}")
+        ids, T = data.pack(tokenizer, own.split("\n\n\n")), config.block_size
+        cut = len(ids) - max(len(ids) // 10, T + 1)
+        if cut <= T:
+            raise UserError(f"{config.data}: {len(ids)} tokens, too few for --block-size {T}")
         training.save_atomically(ids[:cut], path)
         return {"documents": ids[:cut]}, {"text": ids[cut:]}
     if not path.exists():
@@ -107,26 +100,22 @@ def make_corpus(config, folder, tokenizer, own):
             training.progress(f"  writing documents: {count:,} of {config.pretrain_docs:,} tokens")
             parts.append(data.pack(tokenizer, list(islice(documents, 4000))))
         training.save_atomically(np.concatenate(parts)[:config.pretrain_docs], path)
-    recitals = data.pack(tokenizer, list(islice(world.recitals(config.seed), 8000)))
-    return ({"documents": np.load(path, mmap_mode="r"), "recitals": recitals},
-            held_out_text(tokenizer, config.seed))
-
+    corpus = {"documents": np.load(path, mmap_mode="r"),
+              "recitals": data.pack(tokenizer, list(islice(world.recitals(config.seed), 8000)))}
+    return corpus, held_out_text(tokenizer, config.seed)
 
 def held_out_text(tokenizer, seed):
     """What step 0 is measured on -> {"documents" and "prose": ids}."""
     texts = {"documents": list(islice(world.documents(seed, "val"), 600)), "prose": world.prose("val")}
     return {name: data.pack(tokenizer, text) for name, text in texts.items()}
 
-
 def plain_text(tokens):
     """Tokens (B,T) as a batch: no pads, and every one is learnt."""
     return tokens, None, torch.ones_like(tokens, dtype=torch.bool)
 
-
 def held_out_windows(ids, block_size, n=32):
     """The same windows of a held-out text at every evaluation, in batches."""
     return [plain_text(x) for x in data.windows(ids, min(block_size, len(ids) - 1), n, seed=0).split(16)]
-
 
 def make_examples(config, tokenizer, own):
     """Step 1's (train, val), lists of (ids, mask), without what is too long; of your own 1 in 20 is val."""
@@ -143,7 +132,6 @@ def make_examples(config, tokenizer, own):
                 "tokens and were dropped (a larger --block-size keeps them)")
     return fitting
 
-
 # ------------------------------------------------------------------------ the two steps
 def curriculum(config, step, corpus):
     """What step 0 reads at this step, in windows of T tokens -> (array of ids, T). Short before long."""
@@ -152,24 +140,23 @@ def curriculum(config, step, corpus):
     late = step >= 0.7 * config.pretrain_steps
     return corpus["documents"], config.block_size if late else max(config.block_size // 2, 1)
 
-
 def learn(config, folder, name, model, steps, warmup, rates, batch, check, cast, **facts):
-    """The loop of both steps: batch(step) -> (tokens, real or None, labels); check(step) -> {text: loss}."""
+    """The loop of both steps. batch(step) -> (tokens, real or None, labels); check(step) -> {name: loss}"""
     adamw, muon = both = training.muon_and_adamw(model, *rates, config.weight_decay)
     stage = training.Stage(folder, name, config, steps, model=model, adamw=adamw, muon=muon)
     for step in stage:
         lr = training.set_lr(both, training.cosine(step, steps, warmup))
         micro = [*zip(*(repeat(None) if x is None else x.chunk(config.accumulate) for x in batch(step)))]
         loss = accumulate(model, micro, cast)
-        metrics = dict(loss=loss, norm=stage.update(both, loss, config.clip), lr=lr)
+        metrics = {"loss": loss, "norm": stage.update(both, loss, config.clip), "lr": lr}
         if (step + 1) % config.eval_every == 0 or step + 1 == steps:
             losses = check(step)
             found = ", ".join(f"{text} {loss:.3f}" for text, loss in losses.items())
             say(f"  {name} {step + 1}: held-out loss {found} nats a token")
             metrics |= {f"val_{text}": loss for text, loss in losses.items()}
-        stage.log(sum(int((labels if real is None else real).sum()) for _, real, labels in micro), **metrics)
+        read = sum(int((labels if real is None else real).sum()) for _, real, labels in micro)
+        stage.log(read, **metrics)
     stage.finish(model.state_dict(), model=asdict(model.config), losses=losses, **facts)
-
 
 def pretrain(config, folder, model, corpus, held_out, cast):
     """Step 0: -log π(token | before), every token of the text a target."""
@@ -178,10 +165,9 @@ def pretrain(config, folder, model, corpus, held_out, cast):
         return plain_text(data.windows(text, T, max(1, config.pretrain_batch // T), [config.seed, step]))
     def check(step):
         _, T = curriculum(config, step, corpus)
-        return {name: held_out_loss(model, held_out_windows(ids, T), cast) for name, ids in held_out.items()}
+        return {name: held_out_loss(model, held_out_windows(x, T), cast) for name, x in held_out.items()}
     learn(config, folder, "base", model, config.pretrain_steps, config.warmup,
           (config.pretrain_matrix_lr, config.pretrain_lr), batch, check, cast)
-
 
 def finetune(config, folder, model, tokenizer, train, val, corpus, ask, cast):
     """Step 1: -log π(response token | before); beside them, windows of step 0's text (RECIPE S4)."""
@@ -205,9 +191,8 @@ def finetune(config, folder, model, tokenizer, train, val, corpus, ask, cast):
             say("    " + " ".join(question).strip().replace("\n", " / ")[:90])
             say("      -> " + answer.text.replace("\n", "\n         "))
         return {"demonstrations": held_out_loss(model, checks, cast)}
-    learn(config, folder, "sft", model, steps, min(config.warmup, steps // 10), (config.matrix_lr, config.lr),
-          batch, check, cast, parent="base")
-
+    learn(config, folder, "sft", model, steps, min(config.warmup, steps // 10),
+          (config.matrix_lr, config.lr), batch, check, cast, parent="base")
 
 def main():
     started, (config, origin) = time.perf_counter(), parse("sft", description=__doc__)
@@ -229,10 +214,9 @@ def main():
         ask = [(d[0], d[1]) for d in own[:60:20]] if own else [(prompt, "") for prompt in world.SHOWN]
         say(f"step 1: fine-tune on {len(train):,} demonstrations, {config.epochs} times")
         finetune(config, folder, model, tokenizer, train, val, corpus, ask, cast)
-    say(f"done in {training.clock(time.perf_counter() - started)}. Next:\n  python sample.py --out {folder} "
-        "--prompt \"...\"" + ("" if isinstance(own, str) else f"\n  python reward.py --out {folder}"
-                            f"\n  python evaluate.py --out {folder}"))
-
+    say(f"done in {training.clock(time.perf_counter() - started)}. Next:\n"
+        f"  python sample.py --out {folder} --prompt \"...\"" + ("" if isinstance(own, str) else
+        f"\n  python reward.py --out {folder}\n  python evaluate.py --out {folder}"))
 
 if __name__ == "__main__":
     training.command(main)

@@ -1,9 +1,8 @@
 """Plumbing without an equation: device and dtype, optimiser, schedule, checkpoints and resume, progress.
 
 A run is a folder. Each stage of it (base, sft, ...) leaves <stage>.pt (weights), <stage>.json (config, time)
-and <stage>.jsonl (an object a step); while it trains, <stage>.state holds all that is needed to go on.
-Resume is exact (same machine, same number of threads), because a step depends on nothing but the weights, the
-optimiser and (seed, stage, step): all random numbers are seeded anew, and a batch follows from its number."""
+and <stage>.jsonl (an object a step); while it trains, <stage>.state holds all that is needed to go on. Resume
+is exact (same machine and threads): a step depends on weights, optimiser and (seed, stage, step) alone."""
 import contextlib
 import ctypes
 import json
@@ -14,7 +13,6 @@ import time
 import timeit
 import zlib
 from collections import namedtuple
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
@@ -22,41 +20,37 @@ from resource import RUSAGE_SELF, getrusage
 import numpy as np
 import torch
 
-from config import UserError, show
+from config import YES_NO, UserError, show
 from data import Tokenizer
 from model import GPT, GPTConfig, decay_groups, generate
 
 Answer = namedtuple("Answer", "ids text ended")     # ended: by itself, not by the limit or the context
 adamw = partial(torch.optim.AdamW, betas=(0.9, 0.95), eps=1e-8, fused=True)     # GPT-3's and InstructGPT's β
-_shown = -99.0                                      # when `progress` last printed a line
-
+MADE_BY = {"base": "sft.py", "sft": "sft.py", "dpo": "reward.py --objective dpo",    # stage -> command, in order
+           "grpo": "ppo.py --advantage group", "ppo_no_ptx": "ppo.py --ptx-coef 0", "ppo": "ppo.py"}
 
 def pick_device(name):
     """"auto" or a device's name -> torch.device. UserError where it is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        return torch.zeros(1, device=name).device
+        auto = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+        return torch.zeros(1, device=auto if name == "auto" else name).device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name} does not work here: {str(error).splitlines()[0]}") from None
 
-
 def pick_dtype(name, device):
     """"auto", "fp32" or "bf16" -> (torch.dtype, why). auto: bf16 where its products are 1.5 times as fast."""
+    if name != "auto" or device.type == "mps":
+        return torch.bfloat16 if name == "bf16" else torch.float32, "as asked" if name != "auto" else "mps"
     def speed(dtype):                           # GFLOP/s of a product of this model family's size
         a, b = (torch.randn(shape, device=device, dtype=dtype) for shape in ((1024, 256), (256, 1024)))
         return 2 * 1024 * 256 * 1024e-9 / min(timeit.repeat(lambda: (a @ b).sum().item(), number=1, repeat=8))
-    if name != "auto" or device.type == "mps":
-        return torch.bfloat16 if name == "bf16" else torch.float32, "mps" if name == "auto" else "as asked"
     fp32, bf16 = speed(torch.float32), speed(torch.bfloat16)
-    chosen = torch.bfloat16 if bf16 > 1.5 * fp32 else torch.float32
-    return chosen, f"probe: fp32 {fp32:.0f}, bf16 {bf16:.0f} GFLOP/s"
-
+    why = f"probe: fp32 {fp32:.0f}, bf16 {bf16:.0f} GFLOP/s"
+    return torch.bfloat16 if bf16 > 1.5 * fp32 else torch.float32, why
 
 def set_up_cpu(n):
-    """The number of CPU threads; by default as many as this process may use (in a container, few)."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    torch.set_num_threads(n or min(cores, torch.get_num_threads()))
+    """The number of CPU threads; by default as many as this process may use, as OpenMP finds it."""
+    torch.set_num_threads(n or torch.get_num_threads())
     # glibc is to keep freed memory: each step allocates the same large tensors, and to fetch and zero their
     # pages anew costs as much as a third of it (`tiny`, bf16, two cores: 26.6k tokens/s, and 42.0k so).
     with contextlib.suppress(OSError, AttributeError):              # macOS and musl have no mallopt
@@ -64,11 +58,9 @@ def set_up_cpu(n):
             ctypes.CDLL(None).mallopt(option, size)
     return torch.get_num_threads()
 
-
 def autocast(device, dtype):
     """Forward passes in bf16, weights and optimiser in fp32; nothing where dtype is fp32."""
-    return torch.autocast(device.type, dtype) if dtype == torch.bfloat16 else contextlib.nullcontext()
-
+    return torch.autocast(device.type, dtype, enabled=dtype == torch.bfloat16)
 
 def begin(step, config, origin):
     """What every training command does first -> (its folder, device, autocast); says what it found."""
@@ -78,7 +70,6 @@ def begin(step, config, origin):
         f"{str(dtype).split('.')[1]} ({why})\n" + show(config, origin))
     return folder, device, autocast(device, dtype)
 
-
 def cosine(step, steps, warmup, floor=0.1):
     """The learning rate of a step as a fraction of its peak: linear warm-up, then a cosine to `floor`."""
     if step < warmup:
@@ -86,13 +77,11 @@ def cosine(step, steps, warmup, floor=0.1):
     done = min(1.0, (step - warmup) / max(1, steps - warmup))
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
 
-
 def set_lr(optimizers, fraction):
     """Every learning rate to this fraction of its peak -> the first one."""
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         group["lr"] = fraction * group.setdefault("peak", group["lr"])
     return optimizers[0].param_groups[0]["lr"]
-
 
 def muon_and_adamw(model, matrix_lr, lr, weight_decay):
     """AdamW for embeddings, norms and biases, Muon (Jordan 2024) for the blocks' matrices -> [adamw, muon].
@@ -104,19 +93,19 @@ def muon_and_adamw(model, matrix_lr, lr, weight_decay):
     muon = torch.optim.Muon(matrices, lr=matrix_lr, momentum=0.95, weight_decay=weight_decay, ns_steps=3)
     return [adamw(groups, lr=lr), muon]
 
-
 # ------------------------------------------------------------------------ files, and what the user sees
 def save_atomically(value, path):
     """Write beside, then rename: whenever the power goes, the file is whole, the old one or the new one.
-    By the name's ending: .json, .jsonl (a list of rows), .npy (one array), or whatever torch.save takes."""
+    By the name's ending: .json, .jsonl (a list of rows), .npy (an array), a str, or what torch.save takes."""
     path, beside = Path(path), Path(f"{path}.tmp")
+    if path.suffix in (".json", ".jsonl"):
+        rows, indent = ([value], 1) if path.suffix == ".json" else (value, None)
+        value = "".join(json.dumps(row, indent=indent, ensure_ascii=False) + "\n" for row in rows)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(beside, "wb") as file:
-            if path.suffix == ".json":
-                file.write(json.dumps(value, indent=1, ensure_ascii=False).encode())
-            elif path.suffix == ".jsonl":
-                file.writelines(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in value)
+            if isinstance(value, str):
+                file.write(value.encode())
             else:
                 np.save(file, value) if path.suffix == ".npy" else torch.save(value, file)
             file.flush()
@@ -128,7 +117,6 @@ def save_atomically(value, path):
         why = getattr(error, "strerror", None) or str(error).partition("\n")[0] + " (is the disk full?)"
         raise UserError(f"cannot write to {path}: {why}. --out names another folder") from None
 
-
 def load(path, device="cpu"):
     """A file of tensors; weights_only: it cannot run code. UserError where it is broken."""
     try:
@@ -136,40 +124,34 @@ def load(path, device="cpu"):
     except Exception as error:
         raise UserError(f"cannot read {path}: {type(error).__name__}. Remove it, repeat its step") from None
 
-
 def run_path(config):
     """Where the run is: --out, or runs/<config>, or with own data runs/<config>-<file stem>."""
     return Path(config.out or f"runs/{config.config}" + (f"-{Path(config.data).stem}" if config.data else ""))
 
-
 def run_folder(config):
     """The folder of the run, made and proved writable before anything is computed."""
     folder = run_path(config)
-    save_atomically(np.zeros(8192), folder / ".writable.npy")
-    (folder / ".writable.npy").unlink()
+    save_atomically(" " * 65536, probe := folder / ".writable")
+    probe.unlink()
     if config.resume and not list(folder.glob("*.state")):
         raise UserError(f"nothing to resume: {folder} holds no interrupted run. Run it without --resume")
     return folder
-
 
 def say(text, end="\n"):
     """One line that stays."""
     print("\r\x1b[K" * sys.stdout.isatty() + text, end=end, flush=True)
 
-
 def progress(text, always=False):
-    """One line that the next one replaces; in a file, a line like others now and then."""
-    global _shown
-    if (terminal := sys.stdout.isatty()) or always or time.perf_counter() - _shown > 10:
+    """One line that the next one replaces; in a file, a line like others every ten seconds."""
+    now, terminal = time.perf_counter(), sys.stdout.isatty()
+    if terminal or always or now - getattr(progress, "shown", -99) > 10:
         say(text, end="" if terminal else "\n")
-        _shown = time.perf_counter()
-
+        progress.shown = now
 
 def clock(seconds):
     """75 -> "1:15"; 4000 -> "1:06:40"."""
     minutes, seconds = divmod(int(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
-
 
 def command(main):
     """Runs a script's main: what the user can mend is one line, Ctrl-C a line that says how to go on."""
@@ -177,20 +159,18 @@ def command(main):
         main()
     except BrokenPipeError:                     # python sample.py ... | head -1
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        say("interrupted. The last state is kept: the same command goes on from there.")
+        sys.exit(130)
     except (UserError, OSError) as error:       # OSError: a full disk, say
         file = f"{error.filename or 'a file'}: {error.strerror}" if isinstance(error, OSError) else ""
         say(f"error: {file or error}")
         sys.exit(2)
-    except KeyboardInterrupt:
-        say("interrupted. The last state is kept: the same command goes on from there.")
-        sys.exit(130)
-
 
 # ------------------------------------------------------------------------ a stage, and the model it leaves
 def seed_of(*parts):
     """A seed from (seed, stage, step, ...): the same in every process."""
     return zlib.crc32(" ".join(map(str, parts)).encode())
-
 
 class Stage:
     """The files, the step numbers and the progress line of one stage; the loop itself stays in the script.
@@ -203,7 +183,7 @@ class Stage:
         self.path, self.state_path = f"{folder}/{name}", Path(f"{folder}/{name}.state")
         self.began = self.saved = time.perf_counter()
         self.step, self.tokens, self.history = 0, 0, []
-        self.pinned = {k: v for k, v in asdict(config).items() if k not in ("resume", "fresh", "out")}
+        self.pinned = {k: v for k, v in vars(config).items() if k not in ("resume", "fresh", "out")}
         if config.fresh:
             self.state_path.unlink(missing_ok=True)
         if self.state_path.exists():
@@ -216,7 +196,6 @@ class Stage:
             self.step, self.tokens, self.history = state["step"], state["tokens"], state["history"]
             self.began -= state["seconds"]
             say(f"  {name}: an interrupted run is there; going on after step {self.step} of {steps}")
-        save_atomically(self.history, f"{self.path}.jsonl")
 
     def __iter__(self):
         """The numbers of the steps that remain, 0-based; all random numbers are seeded anew at each."""
@@ -238,13 +217,13 @@ class Stage:
         """Clip the accumulated gradient and step -> its norm. UserError where loss or norm is not finite."""
         params = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
         norm = torch.nn.utils.clip_grad_norm_(params, clip).item()
-        if not (math.isfinite(loss) and math.isfinite(norm)):
+        if not math.isfinite(loss + norm):
             save_atomically(self.history, f"{self.path}.jsonl")
             raise UserError(f"{self.name}, step {self.step + 1}: loss {loss}, gradient's norm {norm}. "
                             f"Try a lower learning rate or --dtype fp32. Last good state: {self.state_path}")
         for optimizer in optimizers:
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
         return norm
 
     def log(self, tokens=0, shown=None, **metrics):
@@ -263,50 +242,41 @@ class Stage:
         save_atomically(weights, f"{self.path}.pt")
         facts |= {"steps": self.steps, "seconds": round(time.perf_counter() - self.began, 1),
                   "versions": {"python": sys.version.split()[0], "torch": torch.__version__}}
-        save_atomically({"config": asdict(self.config)} | facts, f"{self.path}.json")
+        save_atomically({"config": vars(self.config)} | facts, f"{self.path}.json")
         self.state_path.unlink(missing_ok=True)
-
 
 def build(config, vocab_size):
     """A fresh GPT of the config's shape, its weights drawn from the config's seed."""
     torch.manual_seed(seed_of(config.seed, "init"))
-    names = ("block_size", "n_layer", "n_head", "n_embd", "init_std", "wave_std")
-    flash = {"auto": None, "yes": True, "no": False}[config.flash]
-    return GPT(GPTConfig(vocab_size, flash=flash, **{name: getattr(config, name) for name in names}))
-
+    shape = {name: value for name, value in vars(config).items() if name in GPTConfig.__annotations__}
+    return GPT(GPTConfig(**shape | {"vocab_size": vocab_size, "flash": YES_NO.get(config.flash)}))
 
 def finished(folder, stage):
     """Is this stage of the run complete?"""
-    return all((Path(folder) / f"{stage}.{ending}").exists() for ending in ("pt", "json"))
-
+    return all(Path(folder, f"{stage}.{ending}").exists() for ending in ("pt", "json"))
 
 def load_model(folder, stage, device="cpu"):
     """The model of a finished stage -> (GPT, Tokenizer, what <stage>.json says)."""
-    folder = Path(folder)
-    made_by = {"base": "sft.py", "sft": "sft.py", "ppo": "ppo.py", "ppo_no_ptx": "ppo.py --ptx-coef 0",
-               "grpo": "ppo.py --advantage group", "dpo": "reward.py --objective dpo"}
-    if stage not in made_by:
-        raise UserError(f"{folder} has no finished {stage}. Stages: {', '.join(made_by)}")
-    if not finished(folder, stage):
-        raise UserError(f"{folder} has no finished {stage}. Make it first: python {made_by[stage]}")
+    script, path = MADE_BY.get(stage), Path(folder, f"{stage}.json")
+    if not script or not finished(folder, stage):
+        remedy = f"Make it first: python {script}" if script else f"Stages: {', '.join(MADE_BY)}"
+        raise UserError(f"{folder} has no finished {stage}. {remedy}")
     try:
-        facts = json.loads((folder / f"{stage}.json").read_text(encoding="utf8"))
+        facts = json.loads(path.read_text(encoding="utf8"))
         model = GPT(GPTConfig(**facts["model"]))
-        model.load_state_dict(load(folder / f"{stage}.pt"))
+        model.load_state_dict(load(path.with_suffix(".pt")))
     except (ValueError, LookupError, TypeError, ArithmeticError, RuntimeError):
-        raise UserError(f"{folder / stage}.json is damaged. Remove it, then: python {made_by[stage]}") from None
-    return model.to(device), Tokenizer.load(folder / "tokenizer.json"), facts
-
+        raise UserError(f"{path} is damaged. Remove it, then: python {script}") from None
+    return model.to(device), Tokenizer.load(path.with_name("tokenizer.json")), facts
 
 def respond(model, tokenizer, prompts, max_new_tokens, temperature, seed, cast, batch_size=256, **options):
     """One Answer to each prompt, short ones first: little padding. options: others of model.generate."""
-    first = 1 - model.config.block_size         # what is longer than the context loses its beginning
-    generator = torch.Generator(model.wte.weight.device).manual_seed(seed)
-    order, found = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), []
-    for start in range(0, len(order), batch_size):
-        part = [prompts[i][first:] for i in order[start:start + batch_size]]
+    options |= {"generator": torch.Generator(model.wte.weight.device).manual_seed(seed), "eos": tokenizer.end}
+    order, found = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), {}
+    for part in (order[start:start + batch_size] for start in range(0, len(order), batch_size)):
+        shown = [prompts[i][1 - model.config.block_size:] for i in part]    # too long: the beginning goes
         with cast:
-            drawn = generate(model, part, max_new_tokens, eos=tokenizer.end, temperature=temperature,
-                             generator=generator, **options)
-        found += [Answer(ids, tokenizer.decode(ids), ids[-1:] == [tokenizer.end]) for ids in drawn.responses]
-    return [answer for _, answer in sorted(zip(order, found))]
+            drawn = generate(model, shown, max_new_tokens, temperature=temperature, **options)
+        found |= zip(part, drawn.responses)
+    responses = [found[i] for i in range(len(prompts))]
+    return [Answer(ids, tokenizer.decode(ids), ids[-1:] == [tokenizer.end]) for ids in responses]

@@ -1,73 +1,54 @@
 """The built-in data set: instructions with exact answers, the people who answer them, and the judge.
 
-Everything is made from a seed, without a download, and can be measured: each task carries a `check` that
-decides exactly whether an answer is right. Hence only those categories of InstructGPT's Table 1 that can be
-judged so; English and Chinese, French as a target language. The words and phrasings stand in `world.json`.
+Made from a seed, without a download. Each task has a `check` that decides exactly whether an answer is right.
+Hence only those categories of InstructGPT's Table 1 that can be judged so; English and Chinese, French as a
+target language. Words, phrasings and mixes stand in `world.json`.
 
-No prompt is on two sides: a hash of the prompt decides its side. Two more test sets hold what training never
-shows: whole phrasings (the last of each list in `world.json`), and whole combinations (an adjective with a
-noun, the capital of one country, one filter with one map).
-"""
+No prompt is on two sides: a hash of it decides its side. Two more test sets hold what training never shows:
+whole phrasings (the last of each list in `world.json`), and whole combinations (an adjective with a noun, the
+capital of one country, one filter with one map)."""
 import json
 import random
 import re
 from collections import namedtuple
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from zlib import crc32    # the same in every process, unlike hash()
 
 import sandbox
 
-CATEGORIES = ("generation", "open_qa", "brainstorming", "chat", "rewrite", "summarization",
-              "classification", "closed_qa", "extract")
-TABLE_1 = dict(zip(CATEGORIES, (45.6, 12.4, 11.2, 8.4, 6.6, 4.2, 3.5, 2.6, 1.9)))  # % of prompts
+WORDS = json.loads((Path(__file__).parent / "world.json").read_text(encoding="utf8"))
+TABLE_1, DOCUMENT_MIX = WORDS["table_1"], WORDS["document_mix"]     # category -> % of prompts, of documents
+CATEGORIES, SHOWN = tuple(TABLE_1), tuple(WORDS["shown"])           # SHOWN: in the README
 SPLITS = ("train", "val", "test", "test_phrasing", "test_combination")
 
 # ------------------------------------------------------------------------ words and grammar
-WORDS = json.loads((Path(__file__).parent / "world.json").read_text(encoding="utf8"))
-HABITS, LEXICON, SHOWN = WORDS["habits"], WORDS["lexicon"], tuple(WORDS["shown"])   # SHOWN: in the README
 NOUNS, ADJECTIVES, VERBS, COUNTRIES = (     # lists of dicts: the first row of a table names its columns
-    [dict(zip(columns.split(), row.split())) for row in rows]
-    for columns, *rows in map(LEXICON.get, ("nouns", "adjectives", "verbs", "countries")))
-NAMES, TRANSPORT, NUMBERS, LISTS = map(LEXICON.get, ("names", "transport", "numbers", "lists"))
+    [dict(zip(columns.split(), row.split())) for row in rows] for columns, *rows in WORDS["tables"].values())
+NAMES, TRANSPORT, NUMBERS, LISTS = WORDS["lexicon"].values()            # language -> words
 FRUITS, DRINKS, JOBS, SPORTS = ({lang: list(LISTS[lang].values())[i] for lang in LISTS} for i in range(4))
 CITIES = {"en": [c["capital"] for c in COUNTRIES], "zh": [c["首都"] for c in COUNTRIES]}
 LIKED = {lang: FRUITS[lang] + DRINKS[lang] + SPORTS[lang] for lang in LISTS}
-POOLS = {"name": NAMES, "city": CITIES, "by": TRANSPORT, "likes": LIKED, "job": JOBS, "fruit": FRUITS,
-         "sport": SPORTS}
-STOP, COMMA, QUOTED, SPACE, AND, REFUSAL = WORDS["marks"].values()       # {"en": ".", "zh": "。"} ...
+POOLS = dict(name=NAMES, city=CITIES, by=TRANSPORT, likes=LIKED, job=JOBS, fruit=FRUITS, sport=SPORTS)
+STOP, COMMA, QUOTED, SPACE, AND, REFUSAL = WORDS["marks"].values()      # {"en": ".", "zh": "。"} ...
+HABITS, GRAMMAR = WORDS["habits"], WORDS["grammar"]
 
-
-def french(noun, adjective=None, article="the"):
-    """A French noun phrase: gender, the adjective's place, elision (l'ours), and bel, nouvel, vieil."""
-    gender, words = noun["gender"], [noun["fr"]]
+def noun_phrase(lang, noun, adjective=None, article="the"):
+    """A noun phrase: an old hat | le vieil arbre, une clé lourde, l'ours | 一顶旧帽子 (with a measure word)."""
+    column = noun["gender"] if lang == "fr" else lang           # French articles and adjectives agree
+    words = [noun[lang]]
     if adjective:
-        words.insert(adjective["place"] == "after", adjective[gender])
-    if gender == "m" and words[-1][0] in "aeiouâéê":
-        words[0] = {"beau": "bel", "nouveau": "nouvel", "vieux": "vieil"}.get(words[0], words[0])
-    article = {"them": "le ", "thef": "la ", "am": "un ", "af": "une "}[article + gender]
-    return ("l'" if article[0] == "l" and words[0][0] in "aeiouâéê" else article) + " ".join(words)
+        words.insert(lang == "fr" and adjective["place"] == "after", adjective[column])
+    phrase = GRAMMAR["article"][column][article].format(**noun) + SPACE[lang].join(words)
+    short = GRAMMAR["before_vowel"]
+    return re.sub(rf"\b({'|'.join(short)}) (?=[aeiouâéê])", lambda match: short[match[1]], phrase)
 
-
-def english(noun, adjective=None, article="the"):
-    """An English noun phrase: "a big house", "an old hat"."""
-    words = ([adjective["en"]] if adjective else []) + [noun["en"]]
-    return " ".join(["an" if article == "a" and words[0][0] in "aeiou" else article] + words)
-
-
-def chinese(noun, adjective=None, article="the"):
-    """A Chinese noun phrase: no article, and a measure word after "one"."""
-    measure = "一" + noun["measure"] if article == "a" else ""
-    return measure + (adjective["zh"] if adjective else "") + noun["zh"]
-
-
-PHRASE = {"en": english, "fr": french, "zh": chinese}
-ANY = {lang: ["(?:" + "|".join(row[c] for row in rows for c in (lang, form) if c in row) + ")"
-              for rows in (ADJECTIVES, NOUNS, VERBS)] for lang, form in (("en", "past"), ("zh", ""))}
-SENTENCE = {"en": "(?:the|an?) (?:{0} )?{1} {2} (?:the|an?) (?:{0} )?{1}".format(*ANY["en"]),
-            "zh": "(?:一.)?{0}?{1}{2}了?(?:一.)?{0}?{1}".format(*ANY["zh"])}
-
+english, french, chinese = (partial(noun_phrase, lang) for lang in ("en", "fr", "zh"))
+SENTENCE = {lang: GRAMMAR["sentence"][lang].format(*(       # a regular expression
+    "|".join(row[c] for row in rows for c in columns if c in row) for rows in (ADJECTIVES, NOUNS, VERBS)))
+    for lang, columns in {"en": ("en", "past"), "zh": ("zh",)}.items()}
 
 # ------------------------------------------------------------------------ tasks
 @dataclass(frozen=True)
@@ -112,17 +93,14 @@ class Task:
         """False where the text does not tell the answer: what hallucination is measured on."""
         return self.check[0] != "refuse"
 
-
 def held_out(family, *combinations):
     """Is one of these combinations kept from training?"""
     return any(crc32((family + combination).encode()) % 8 == 0 for combination in combinations)
-
 
 def _ask(r, phrasings, **words):
     """One of the phrasings, filled in -> (text, is it the one held out?)."""
     i = r.randrange(len(phrasings))
     return phrasings[i].format(**words), i == len(phrasings) - 1
-
 
 def _task(category, lang, asked, output, *combinations, text="", check=None, **more):
     """A Task. asked: what _ask gave; check: unless it is given, the output is the only right answer."""
@@ -130,11 +108,9 @@ def _task(category, lang, asked, output, *combinations, text="", check=None, **m
     return Task(category, instruction, text, output, check or ("answer", [output]), language=lang,
                 unseen_phrasing=unseen, combinations=combinations, **more)
 
-
 def _fill(r, lang, wanted):
     """A random word of each of the wanted kinds: "name city" -> {"name": "Anna", "city": "Rome"}."""
     return {kind: r.choice(POOLS[kind][lang]) for kind in wanted.split()}
-
 
 def translation(r, lang):
     """A noun phrase, two of them, or a sentence, from and to English, French or Chinese."""
@@ -143,25 +119,21 @@ def translation(r, lang):
     article, kind, verb = r.choice(("the", "the", "a")), r.randrange(3), r.choice(VERBS)
     said, joint = said if kind else said[:1], verb if kind == 2 else AND
     a, b = pair.split("-")
-    source, target = (SPACE[to].join(("", joint[to], "")).join(PHRASE[to](*words, article) for words in said)
+    source, target = (SPACE[to].join(("", joint[to], "")).join(noun_phrase(to, *one, article) for one in said)
                       for to in (a, b))
-    accepted = [target]
-    if pair == "zh-en":                         # Chinese has no article: "the" and none are right too
-        accepted += [re.sub(r"\ban?\b", "the", target), re.sub(r"\b(the|an?) ", "", target)]
+    other = [re.sub(r"\ban?\b", "the", target), re.sub(r"\b(the|an?) ", "", target)]    # zh has no articles
     return _task("rewrite", lang, _ask(r, WORDS["translation"][pair], text=source), target,
                  *(f"{noun['en']} {adjective['en']}" for noun, adjective in said if adjective),
-                 check=("answer", accepted),
+                 check=("answer", [target] + (other if pair == "zh-en" else [])),
                  note=f"{source} = {target}" if r.random() < 0.5 else f"{a}: {source} | {b}: {target}")
-
 
 def rewriting(r, lang):
     """Past tense, the opposite adjective, a list backwards, subject and object exchanged (English only)."""
     how, (label, template, phrasings) = r.choice(tuple(WORDS["rewriting"].items()))
     (noun, noun2), verb = r.sample(NOUNS, 2), r.choice(VERBS)
     adjective = r.choice([a for a in ADJECTIVES if a["opposite"] != "-"])
-    opposite = next(a for a in ADJECTIVES if a["en"] == adjective["opposite"])
     words = verb | {"first": english(noun, adjective), "second": english(noun2),
-                    "opposite": english(noun, opposite)}
+                    "opposite": english(noun, {"en": adjective["opposite"]})}
     source, output = "{first} {en} {second}".format(**words), template.format(**words)
     if how == "reverse":
         words = [n["en"] for n in r.sample(NOUNS, r.randint(3, 5))]
@@ -169,19 +141,17 @@ def rewriting(r, lang):
     return _task("rewrite", "en", _ask(r, phrasings), output, f"{how} {noun['en']} {verb['en']}",
                  text=source, note=f"{source} / {label}: {output}")
 
-
 def sentence(r, lang):
     """A grammatical sentence that contains two or three given words."""
     (noun, noun2), adjective, verb = r.sample(NOUNS, 2), r.choice(ADJECTIVES), r.choice(VERBS)
     given = [noun, noun2] + ([adjective] if r.random() < 0.5 else [])
     words = [w[lang] for w in r.sample(given, len(given))]
-    said = PHRASE[lang](noun, adjective), verb[lang], PHRASE[lang](noun2)
+    said = noun_phrase(lang, noun, adjective), verb[lang], noun_phrase(lang, noun2)
     output = SPACE[lang].join(said).capitalize() + STOP[lang]
     shown = COMMA[lang].join(map(QUOTED[lang].format, words)).rsplit(", ", 1)   # no ", " in Chinese
     return _task("generation", lang, _ask(r, WORDS["sentence"][lang], words=" and ".join(shown)), output,
                  " ".join(sorted((noun["en"], noun2["en"]))), note=" ".join(words) + " - " + output,
                  check=("pattern", "".join(f"(?=.*{w})" for w in words) + SENTENCE[lang]))
-
 
 def _python(r, lang, words, what, arguments, value, *combinations):
     """A task whose answer is a function; its tests call it `_f`, whatever name it was given."""
@@ -190,30 +160,26 @@ def _python(r, lang, words, what, arguments, value, *combinations):
     named = re.search(rf"called {name}|`{name}`|名为{name}", asked[0])
     code, printed = f"def {name if named else 'f'}({arguments}):\n    return {value}", []
     # what the reference prints needs no sandbox: we wrote it
-    exec("\n".join((code, LAST_FUNCTION, tests)), {"print": lambda value: printed.append(str(value))})
+    exec("\n".join((code, WORDS["last_function"], tests)), {"print": lambda x: printed.append(str(x))})
     return _task("generation", lang, asked, code, *combinations, form=("named", name) if named else (),
                  check=("python", (tests, "\n".join(printed))), note=f"# {what}\n{code}")
 
-
 def list_function(r, lang):
     """Python that filters, maps and folds a list: thousands of functions from three short tables."""
-    words = WORDS["list_function"]
+    words, column = WORDS["list_function"], ("en", "zh").index(lang)
     chosen = [r.choice(words[part]) for part in ("filters", "maps", "totals")]
-    k, m, column = r.randint(2, 9), r.randint(2, 9), ("en", "zh").index(lang)
+    k, m = r.randint(2, 9), r.randint(2, 9)
     steps = [step[column].format(k=k, m=m) for step in chosen if step[column]]
     keep, change, fold = (step[2].format("{}", k=k, m=m) for step in chosen)
     value = fold.format(f"{change} for x in xs" + (f" if {keep}" if keep else ""))
     what = words["takes"][lang] + " and ".join({"en": ", ", "zh": "，"}[lang].join(steps).rsplit(", ", 1))
     return _python(r, lang, words, what, "xs", value, "/".join(step[0] for step in chosen))
 
-
 def matrix_function(r, lang):
     """Matrices as lists of rows. There are few such functions: this family has fewer than 2,000 prompts."""
-    words = WORDS["matrix_function"]
-    en, zh, arguments, value = r.choice(words["functions"])
+    en, zh, arguments, value = r.choice(WORDS["matrix_function"]["functions"])
     m, what = r.randint(2, 9), {"en": en, "zh": zh}[lang]
-    return _python(r, lang, words, what.format(m=m), arguments, value.format(m=m))
-
+    return _python(r, lang, WORDS["matrix_function"], what.format(m=m), arguments, value.format(m=m))
 
 def guessing_game(r, lang):
     """A program that reads guesses until one is right. It is played, upwards and downwards."""
@@ -224,7 +190,6 @@ def guessing_game(r, lang):
     asked = _ask(r, words["prompts"], range="" if (low, high) == (1, 100) else span)
     return _task("generation", lang, asked, code, check=("game", (low, high, words["below"], words["above"])),
                  note=f"# {words['heading']}{span}\n{code}")
-
 
 def fact_question(r, lang):
     """What the documents say of countries. The facts held out are asked in no demonstration."""
@@ -238,7 +203,6 @@ def fact_question(r, lang):
                  f"{relation} {row['country']}", check=("answer", [row[asked], full]), note=note,
                  form=(form, "") if form else ())
 
-
 def follow_up(r, lang):
     """The question of the turn before, asked of another country."""
     relation, (known, asked, phrasings, full) = r.choice(tuple(WORDS["facts"][lang].items()))
@@ -250,7 +214,6 @@ def follow_up(r, lang):
                  check=("answer", [row[asked], full]), history=((first, reply),),
                  note=f"{first} - {reply} {again[0].format(a=row[known])} - {output}")
 
-
 def remember(r, lang):
     """What the user said of themselves one to three turns ago."""
     told, me = WORDS["remember"][lang], _fill(r, lang, "name city likes job")
@@ -258,18 +221,17 @@ def remember(r, lang):
     asked = r.choice(topics)
     history = tuple(tuple(text.format(v=me[t]) for text in told[t][:2]) for t in topics)
     phrasings, output = told[asked][2], told[asked][3].format(v=me[asked])
-    note = " ".join(f"{user} - {reply}" for user, reply in history) + f" {phrasings[0]} - {output}"
+    note = " ".join(f"{user} - {reply}" for user, reply in (*history, (phrasings[0], output)))
     return _task("chat", lang, _ask(r, phrasings), output, " ".join(topics) + " > " + asked,
                  check=("answer", [output, me[asked]]), history=history, note=note)
-
 
 def brainstorm(r, lang):
     """So many members of a class, all different, perhaps without one of them, in a demanded form."""
     what, n, form = r.choice(tuple(LISTS[lang])), r.randint(2, 4), r.choice(("commas", "lines", "numbered"))
-    excluded = r.sample(LISTS[lang][what], r.choice((0, 0, 0, 1)))
-    allowed = [member for member in LISTS[lang][what] if member not in excluded]
-    chosen = sorted(r.sample(allowed, n), key=allowed.index)    # in one order: so nobody writes a thing twice
-    count, words = NUMBERS[lang][n - 2], WORDS["brainstorm"]
+    members, words, count = LISTS[lang][what], WORDS["brainstorm"], NUMBERS[lang][n - 2]
+    excluded = r.sample(members, r.choice((0, 0, 0, 1)))
+    chosen = r.sample([member for member in members if member not in excluded], n)
+    chosen.sort(key=members.index)              # in one order: so nobody writes a thing twice
     but, demand = words["but"][lang].format(*excluded) if excluded else "", words[form][lang]
     output = {"commas": COMMA[lang].join(chosen) + STOP[lang], "lines": "\n".join(chosen),
               "numbered": "\n".join(f"{i}. {member}" for i, member in enumerate(chosen, 1))}[form]
@@ -277,11 +239,10 @@ def brainstorm(r, lang):
     return _task("brainstorming", lang, asked, output, f"{what} {n} {form}", form=(form, n),
                  check=("items", (what, excluded)), note=f"{count} {what}{but}{demand}: {output}")
 
-
 def summary(r, lang):
     """A trip told in five or six sentences; the summary says who went where, how, and what they saw."""
     noun, adjective, verb = r.choice(NOUNS), r.choice(ADJECTIVES), r.choice(VERBS[:6])
-    words = _fill(r, lang, "name city by") | {"thing": PHRASE[lang](noun, adjective, "a"),
+    words = _fill(r, lang, "name city by") | {"thing": noun_phrase(lang, noun, adjective, "a"),
                                               "saw": verb["past"] if lang == "en" else verb["zh"] + "了"}
     *told, asides, whole, in_short = WORDS["trip"][lang]
     goes, takes, sees = (r.choice(part).format(**words) for part in told)
@@ -293,18 +254,15 @@ def summary(r, lang):
                  form=("max_words", limit) if str(limit) in asked[0] else ("one_sentence", ""),
                  note=f"{text} {in_short} {output}")
 
-
 def sentiment(r, lang):
     """Two clauses, each good or bad; one of each makes a mixed review."""
-    words = WORDS["review"][lang]
-    moods = [r.choice(("good", "bad")) for _ in range(2)]
+    words, moods = WORDS["review"][lang], [r.choice(("good", "bad")) for _ in range(2)]
     how, mixed = [r.choice(words[mood].split()) for mood in moods], moods[0] != moods[1]
     clauses = map(words["clause"].format, r.sample(words["things"].split(), 2), how)
     text = words["but" if mixed else "and"].join(clauses).capitalize() + STOP[lang]
     label = words["labels"].split()[2 if mixed else moods[0] == "bad"]
     return _task("classification", lang, _ask(r, WORDS["sentiment"][lang]), label, " ".join(sorted(how)),
                  text=text, note=f"{text} ({label})")
-
 
 def topic(r, lang):
     """One sentence about one of four topics."""
@@ -313,43 +271,38 @@ def topic(r, lang):
     return _task("classification", lang, _ask(r, WORDS["topic"][lang]), label, text=text,
                  note=f"{text} ({label})")
 
-
-def _question(r, lang, facts, answered):
-    """A question about a text -> (question, is its phrasing held out?, right answers, name, relation)."""
-    people = WORDS["people"][lang]
+def _question(r, lang, facts, told=0.5):
+    """A question, P(answerable) = told -> (question, unseen phrasing?, right answers, name, relation)."""
+    people, told = WORDS["people"][lang], r.random() < told
     name, relation, value = r.choice(facts)
-    if answered:
-        about = 1 if r.random() < 0.75 else 2   # of the person, or "who ...?"
-        answers = [people[relation][0].format(name=name, v=value), value if about == 1 else name]
-    else:                                       # about somebody in the text, but of nobody is this told
+    about = 1 if not told or r.random() < 0.75 else 2           # of the person, or "who ...?"
+    answers = [people[relation][0].format(name=name, v=value), value if about == 1 else name]
+    if not told:                                # about somebody in the text, but of nobody is this told
         relation = r.choice([what for what in people if what not in {fact[1] for fact in facts}])
-        about, answers = 1, [REFUSAL[lang]]
+        answers = [REFUSAL[lang]]
     return *_ask(r, people[relation][about], name=name, v=value), answers, name, relation
-
 
 def reading(r, lang):
     """Closed QA: one fact of a short text about two or three people; one text in three does not tell it."""
     people = WORDS["people"][lang]
-    values = {"has": [PHRASE[lang](noun, r.choice(ADJECTIVES), "a") for noun in r.sample(NOUNS, 5)]}
+    values = {"has": [noun_phrase(lang, noun, r.choice(ADJECTIVES), "a") for noun in r.sample(NOUNS, 5)]}
     values |= {relation: r.sample(POOLS[relation][lang], 5) for relation in ("city", "likes", "job")}
     names, told = r.sample(NAMES[lang], 3), r.sample(tuple(people), r.randint(2, 3))
     cells = [(r.choice(names[:2]), relation) for relation in told]
-    if r.random() < 0.25:                       # and in one text of four, one thing is told of two people
-        cells.append((names[2], told[0]))
+    cells += [(names[2], told[0])] if r.random() < 0.25 else []     # one thing is told of two people
     facts = [(name, relation, values[relation].pop()) for name, relation in cells]
     r.shuffle(facts)
     text = SPACE[lang].join(people[relation][0].format(name=name, v=v) for name, relation, v in facts)
-    question, unseen, answers, name, relation = _question(r, lang, facts, answered := r.random() < 0.67)
-    instruction, unseen_frame = _ask(r, WORDS["reading"][lang], q=question)
+    question, hidden, answers, name, relation = _question(r, lang, facts, 0.67)
+    instruction, unseen = _ask(r, WORDS["reading"][lang], q=question)
     made_up = people[relation][0].format(name=name, v=values[relation].pop())
     # a document asks four questions of its text: looking up is learnt from many look-ups
-    asked = [_question(r, lang, facts, answered=r.random() < 0.5) for _ in range(4)]
-    note = [f"{q} {a[0]}" for q, hidden, a, who, what in asked
-            if not hidden and not held_out("reading", f"{who} {what}")]
-    return _task("closed_qa", lang, (instruction, unseen or unseen_frame), answers[0], f"{name} {relation}",
-                 text=text, check=("answer", answers) if answered else ("refuse", made_up),
-                 note=" ".join([text] + note))
-
+    asked = [_question(r, lang, facts) for _ in range(4)]
+    note = [text] + [f"{question} {right[0]}" for question, hidden, right, *about in asked
+                     if not hidden and not held_out("reading", " ".join(about))]
+    check = ("refuse", made_up) if REFUSAL[lang] in answers else ("answer", answers)
+    return _task("closed_qa", lang, (instruction, hidden or unseen), answers[0], f"{name} {relation}",
+                 text=text, check=check, note=" ".join(note))
 
 def extraction(r, lang):
     """All names, cities or fruits of a text, in their order."""
@@ -359,23 +312,17 @@ def extraction(r, lang):
     text = SPACE[lang].join(r.choice(WORDS["visits"][lang]).format(name=name, city=city, fruit=fruit)
                             for name, city, fruit in zip(*found.values()))
     output = COMMA[lang].join(found[what])
-    return _task("extract", lang, _ask(r, phrasings), output, f"{what} {n} {found['names'][0]}",
-                 text=text, note=f"{text} {heading}: {output}{STOP[lang]}")
+    return _task("extract", lang, _ask(r, phrasings), output, f"{what} {n} {found['names'][0]}", text=text,
+                 note=f"{text} {heading}: {output}{STOP[lang]}")
 
-
-FAMILIES = {    # function -> how often it is drawn within its category
-    "generation": {sentence: 4, list_function: 4, matrix_function: 2, guessing_game: 2},
-    "open_qa": {fact_question: 1}, "brainstorming": {brainstorm: 1}, "chat": {remember: 2, follow_up: 1},
-    "rewrite": {translation: 3, rewriting: 2}, "summarization": {summary: 1},
-    "classification": {sentiment: 2, topic: 1}, "closed_qa": {reading: 1}, "extract": {extraction: 1}}
+FAMILIES = {category: {globals()[name]: weight for name, weight in families.items()}     # within the category
+            for category, families in WORDS["families"].items()}
 CHINESE = 0.35                                  # the share of tasks and recitals
-
 
 def draw(r, category):
     """One task of a category, of any split. r: random.Random"""
     family = r.choices(tuple(FAMILIES[category]), FAMILIES[category].values())[0]
     return replace(family(r, "zh" if r.random() < CHINESE else "en"), family=family.__name__)
-
 
 def tasks(n, split="train", seed=0, categories=CATEGORIES):
     """n tasks of one split with n different prompts, from the categories in turn, but for those that are used
@@ -392,12 +339,8 @@ def tasks(n, split="train", seed=0, categories=CATEGORIES):
         raise ValueError(f"the world has no {n} different {split} prompts of {', '.join(categories)}")
     return list(found.values())
 
-
 # ------------------------------------------------------------------------ documents (step 0)
-DOCUMENT_MIX = {"generation": 15, "open_qa": 9, "brainstorming": 9, "chat": 6, "rewrite": 23,
-                "summarization": 4, "classification": 3, "closed_qa": 27, "extract": 4}     # % of the rest
 PROSE_SHARE, LIST_SHARE = 0.02, 0.06                                        # of all documents
-
 
 def prose(split="train"):
     """Real English: the language reference that ships inside Python, in passages of ~1,000 characters."""
@@ -405,12 +348,11 @@ def prose(split="train"):
     passages = {"train": [], "val": []}
     for name, text in sorted(pydoc_data.topics.topics.items()):
         lines = text.splitlines()
-        side = passages["val" if crc32(name.encode()) % 10 == 0 else "train"]
-        side += [lines[i:i + 16] for i in range(0, len(lines), 16)]
+        side = "val" if crc32(name.encode()) % 10 == 0 else "train"
+        passages[side] += [lines[i:i + 16] for i in range(0, len(lines), 16)]
     # topics quote each other: nothing that shares a line with the held-out text is trained on
     shared = {line for passage in passages["val"] for line in passage if len(line) > 30}
     return ["\n".join(p).strip() for p in passages[split] if split == "val" or not shared.intersection(p)]
-
 
 def recital(r):
     """A list read out again, or pairs in other orders: pure practice in looking things up in the context."""
@@ -427,12 +369,10 @@ def recital(r):
     read, again = WORDS["recital"][lang]
     return "\n".join((again if i else read) + line + STOP[lang] for i, line in enumerate(lines))
 
-
 def recitals(seed=0):
     """Endless lists and registers, to begin with: see sft.py, deviation 5."""
     r = random.Random(f"recitals {seed}")
     return iter(lambda: recital(r), None)
-
 
 def documents(seed=0, split="train"):
     """Endless unlabelled text: a few passages of one kind, one below the other; now and then prose."""
@@ -450,17 +390,15 @@ def documents(seed=0, split="train"):
             if notes:
                 yield "\n".join(notes)
 
-
 # ------------------------------------------------------------------------ demonstrations (step 1)
-# A person who writes demonstrations, with the rates of what the guidelines dislike: opener "Sure! ...", hedge
-# "I think: ...", closer "... Hope this helps!", guess at what the text does not tell; for the rest see rank.
+# A person who writes demonstrations: how often with an opener "Sure! ...", a hedge "I think: ...", a closer
+# "... Hope this helps!", a guess where a text tells nothing (the guidelines dislike all); rest: see rank.
 Labeler = namedtuple("Labeler", "opener hedge closer guess strict terse")
 LABELERS = tuple(Labeler(*rates) for rates in WORDS["labelers"])
 RANKERS, HELD_OUT_RANKERS = LABELERS[:4], LABELERS[4:]  # the reward model never learns from the latter
 CARE = {"generation": 0.3, "rewrite": 0.3}      # where labelers are exact, the rates shrink to this
 HARD = ("rewrite", "closed_qa", "brainstorming")    # takes most practice, so comes up 2.5 times as often
 PRACTICE = CATEGORIES + HARD + CATEGORIES + HARD * 2
-
 
 def write(r, task, labeler):
     """The answer that this labeler writes to the task: the reference, in their manner. r: random.Random"""
@@ -473,28 +411,20 @@ def write(r, task, labeler):
             return answer + gap + said if habit == "closer" else said + gap + answer
     return answer
 
-
 def demonstrations(n, split="train", seed=0):
     """n pairs (task, answer), each written by one of the labelers."""
     r = random.Random(f"demonstrations {seed} {split}")
-    drawn = tasks(n, split, seed, PRACTICE)
-    return [(task, write(r, task, r.choice(LABELERS))) for task in drawn]
-
+    return [(task, write(r, task, r.choice(LABELERS))) for task in tasks(n, split, seed, PRACTICE)]
 
 # ------------------------------------------------------------------------ the judge
 WEIGHTS = {"right": 0.5, "plain": 0.2, "kept": 0.15, "supported": 0.1, "stopped": 0.05}
-LAST_FUNCTION = ("_f = [v for v in list(globals().values()) "
-                 "if type(v).__name__ == 'function' and v is not print][-1]")
-
 
 class Verdict(namedtuple("Verdict", "right kept supported stopped plain")):
     """What the judge finds: the answer itself is right, the form demanded of it is kept, the text says what
     it states, it ended by itself, it is free of the habits that the guidelines dislike. `score`: 0 to 1."""
-
     @property
     def score(self):
         return sum(weight for name, weight in WEIGHTS.items() if getattr(self, name))
-
 
 def strip_habits(answer):
     """-> (the answer without openers, hedges and closers, was there none?)"""
@@ -506,15 +436,12 @@ def strip_habits(answer):
             core = core.removesuffix(phrase).rstrip()
     return core, core == answer.strip() and bool(core)
 
-
 def _normal(text):
     return text.strip().rstrip(".。").strip().lower()
-
 
 def _items(core):
     parts = core.splitlines() if "\n" in core else re.split(r", |、", core)
     return [_normal(re.sub(r"^\d+\. ", "", part.strip())) for part in parts]
-
 
 def _right(task, core, runs):
     """Is the answer itself right? `runs`: what the sandbox says of its code."""
@@ -528,15 +455,14 @@ def _right(task, core, runs):
         return len(set(items)) == len(items) and allowed.issuperset(items)
     if kind == "python":
         return runs[0].ok and runs[0].stdout.strip() == data[1]
-    low, high, below, above = data              # a game: see _programs
-    says = [run.stdout.splitlines() for run in runs]
-    return (all(run.ok for run in runs) and says[0][-1:] == says[1][-1:] != []
-            and [said[:-1] for said in says] == [[word] * (high - low) for word in (below, above)])
-
+    low, high, *words = data                    # a game: words are "too low", "too high"; see _programs
+    said = [run.stdout.splitlines() for run in runs]
+    return (all(run.ok for run in runs) and said[0][-1:] == said[1][-1:] != []
+            and [lines[:-1] for lines in said] == [[word] * (high - low) for word in words])
 
 def _kept(task, core):
     """Is the demanded form kept? True where none was demanded."""
-    form, n = task.form or ("", 0)
+    (form, n), stop, plain = task.form or ("", 0), STOP[task.language], _normal(core)
     lines, items = core.splitlines(), len(_items(core))
     numbered = [line.startswith(f"{i}. ") for i, line in enumerate(lines, 1)]
     return {"": lambda: True,
@@ -546,10 +472,8 @@ def _kept(task, core):
             "numbered": lambda: items == len(lines) == n and all(numbered),
             "max_words": lambda: len(core.split()) <= n,
             "one_sentence": lambda: len(re.findall(r"[.](?:\s|$)|。", core)) == 1,
-            "one_word": lambda: len(lines) == 1 and " " not in _normal(core) and len(core) <= 12,
-            "full_sentence": lambda: (_normal(core) != _normal(task.check[1][0])
-                                      and core.endswith(STOP[task.language]))}[form]()
-
+            "one_word": lambda: len(lines) == 1 and " " not in plain and len(core) <= 12,
+            "full_sentence": lambda: core.endswith(stop) and plain != _normal(task.check[1][0])}[form]()
 
 def _supported(task, core, right):
     """Does it state only what the text contains?"""
@@ -563,17 +487,15 @@ def _supported(task, core, right):
         core, text = re.findall(r"\w+", core), re.findall(r"\w+", text)
     return all(word in text for word in pool if word in core)
 
-
 def _programs(task, core):
     """What must be run to judge an answer: [(code, stdin)]."""
     kind, data = task.check
     if kind != "game":
-        return [("\n".join((core, LAST_FUNCTION, data[0])), "")] if kind == "python" else []
+        return [("\n".join((core, WORDS["last_function"], data[0])), "")] if kind == "python" else []
     numbers = [str(i) for i in range(data[0], data[1] + 1)]
     # the secret is the highest number, approached upwards; then the lowest, downwards
     return [(f"import random\nrandom.randint = lambda a, b: {secret}\n{core}", "\n".join(guesses))
             for secret, guesses in (("b", numbers), ("a", numbers[::-1]))]
-
 
 def judge_many(tasks, answers, stopped=None):
     """The verdicts on many answers; their programs run side by side. stopped: bools; by default all True."""
@@ -585,21 +507,17 @@ def judge_many(tasks, answers, stopped=None):
                     _supported(task, core, right), ended, plain) for task, (core, plain), needed, ended
             in zip(tasks, cores, programs, stopped or [True] * len(cores))]
 
-
 def judge(task, answer, stopped=True):
     """The verdict on one answer to a task."""
     return judge_many([task], [answer], [stopped])[0]
 
-
 # ------------------------------------------------------------------------ rankings (step 2)
 NOISE, GRADE = 0.18, 0.1    # of one judgement, tuned to 72.6 % agreement; what is nearer than a grade ties
-
 
 def ranks_of(values):
     """Values, the higher the better -> ranks: 0 = best, equal values tie."""
     order = sorted(set(values), reverse=True)
     return [order.index(value) for value in values]
-
 
 def rank(r, answers, verdicts, labeler):
     """How this labeler ranks the answers to one prompt: by score, taste and noise. r: random.Random"""

@@ -1,6 +1,7 @@
 """What several tests share: one tiny run of sft.py, a way to run a command, and what must not depend on the process."""
 import contextlib
 import hashlib
+import importlib.util
 import io
 import json
 import os
@@ -10,11 +11,13 @@ from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
-import pytest
-import torch
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))       # so that plain `pytest` works too
+import config  # noqa: E402, F401   before torch: see there
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
 torch.set_num_threads(2)
 
 # A whole run of sft.py in seconds: too small to learn anything, big enough to go through every line.
@@ -45,6 +48,13 @@ def subprocess_of(code, *args, **environment):
     """`python -c code args` in the repository -> the finished process."""
     return subprocess.run([sys.executable, "-c", code, *map(str, args)], cwd=ROOT, capture_output=True, text=True,
                           timeout=120, env={**os.environ, "PYTHONIOENCODING": "utf8", **environment})
+
+
+def benchmark(name):
+    """A file of benchmarks/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    return module
 
 
 @pytest.fixture(scope="session")

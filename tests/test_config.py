@@ -25,6 +25,7 @@ def test_a_preset_changes_defaults_and_yields_to_the_command_line():
         for step, changes in steps.items():
             found, origin = parse(step, ["--config", preset])
             assert all(getattr(found, k) == v and origin[k] == "preset" for k, v in changes.items())
+            parse(step, [f"{config.flag(k)}={v}" for k, v in changes.items()])      # and all of it is allowed
     found, origin = parse("sft", ["--config", "gpt2", "--n-layer", "3"])
     assert found.n_layer == 3 and origin["n_layer"] == "command line" and found.n_embd == 768
 
@@ -96,6 +97,11 @@ def test_what_is_unusual_but_works(step, argv, field, value):
     ("reward", ["--from"], ["--from needs a value"]),
     ("reward", ["--from_", "sft"], ["--from_", "Did you mean --from?"]),
     ("ppo", ["--unfinished-score", "nan"], ["--unfinished-score"]),
+    ("ppo", ["--advantage", "groups"], ["gae, group", "Did you mean group?"]),
+    ("ppo", ["--group", "1"], ["--group", "from 2 to 64"]),         # one answer is its own mean
+    ("reward", ["--objective", "ppo"], ["reward, dpo"]),
+    ("evaluate", ["--best-of", "65"], ["--best-of", "from 1 to 64"]),
+    ("ppo", ["--init", "gpt2"], ["--init"]),                # it starts from the SFT model
     ("ppo", ["--beta=-0.1"], ["--beta", "from 0"]),
     ("ppo", ["--ema", "1"], ["--ema"]),                     # 1 would keep the weights of the start
 ])

@@ -94,9 +94,9 @@ def test_round_trip_of_any_text(tokenizer, bytewise):
     assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a\ufffdb"         # half a pair is no character
 
 
-def test_encode_many_is_encode(tokenizer):
+def test_packing_many_is_encoding_each(tokenizer):
     texts = ["the cat", "", "猫", TEXT]
-    assert tokenizer.encode_many(texts) == [tokenizer.encode(t) for t in texts]
+    assert data.pack(tokenizer, texts).tolist() == [i for t in texts for i in (*tokenizer.encode(t), tokenizer.end)]
 
 
 def test_nobody_can_forge_a_special_token(tokenizer):
@@ -229,9 +229,9 @@ GOOD = {
 @pytest.mark.parametrize("name", GOOD)
 def test_demonstrations_from_a_file(name, tmp_path):
     (tmp_path / name).write_bytes(GOOD[name].encode())
-    first = ("a\n\nb", "", "c") if name == "lines.jsonl" else ("a", "b", "c")
+    first = ("a\n\nb", "", "c", []) if name == "lines.jsonl" else ("a", "b", "c", [])
     assert data.is_demonstrations(tmp_path / name)
-    assert data.read_demonstrations(tmp_path / name) == [first, ("猫", "", "d")]
+    assert data.read_demonstrations(tmp_path / name) == [first, ("猫", "", "d", [])]
 
 
 def test_text_from_a_file(tmp_path):

@@ -1,6 +1,5 @@
 """The numbers that are reported: intervals that cover, answers beside their own questions, and the report as a whole."""
 import contextlib
-import importlib.util
 import json
 import math
 import random
@@ -9,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import benchmark
 
 import data
 import evaluate
@@ -171,7 +170,7 @@ def test_the_tables(evaluated):
     """Markdown, as it stands in the README: a row for each stage; nothing half-written is left."""
     report, printed, folder = evaluated
     assert printed.count("\n| base few shot |") == printed.count("\n| sft |") >= 3
-    assert "18 prompts a set" in printed and not list(folder.glob("*.tmp"))
+    assert "2 prompts of each category" in printed and not list(folder.glob("*.tmp"))
     line = next(line for line in printed.splitlines() if line.startswith("| sft |"))
     assert [float(cell.split()[0]) for cell in line.strip("| ").split(" | ")[1:]] == pytest.approx(
         [100 * report["accuracy"]["sft"][c]["mean"] for c in ("overall", *world.CATEGORIES)], abs=0.51)
@@ -180,9 +179,7 @@ def test_the_tables(evaluated):
 def test_the_page_needs_nothing_else(evaluated):
     """benchmarks/report.py: a figure inside the file, ten prompts with their answers, escaped."""
     pytest.importorskip("matplotlib")
-    spec = importlib.util.spec_from_file_location("report", ROOT / "benchmarks" / "report.py")
-    spec.loader.exec_module(report := importlib.util.module_from_spec(spec))
-    found, _, _ = evaluated
+    report, (found, _, _) = benchmark("report"), evaluated
     text = report.page(found)
     assert 'src="data:image/png;base64,' in text and "http" not in text
     assert len(found["answers"]) == 10 and all(set(row) == {"prompt", *ROWS} for row in found["answers"])
@@ -198,12 +195,15 @@ def test_nothing_to_measure(tmp_path, run):
 
 # ---------------------------------------------------------------- best of n, and what it costs in KL
 
+over = benchmark("over_optimisation")
+
+
 @pytest.mark.parametrize("n", [1, 2, 3, 7])
 def test_best_of_n_is_the_mean_over_all_subsets(n):
     """Usual mistake: the best of the first n, which throws samples away, or n draws with replacement."""
     g = torch.Generator().manual_seed(n)
     proxy, values = torch.randn(2, 5, 7, generator=g, dtype=torch.float64)
-    for p, v, found in zip(proxy.tolist(), values.tolist(), evaluate.best_of_n(proxy, values, n).tolist()):
+    for p, v, found in zip(proxy.tolist(), values.tolist(), over.best_of_n(proxy, values, n).tolist()):
         winners = [v[max(subset, key=p.__getitem__)] for subset in combinations(range(7), n)]
         assert found == pytest.approx(sum(winners) / len(winners), abs=1e-12)
 
@@ -213,7 +213,7 @@ def test_the_kl_of_best_of_n():
     for n in (1, 2, 4, 64):
         us = (torch.arange(1, 200_001, dtype=torch.float64) - 0.5) / 200_000
         density = n * us ** (n - 1)
-        assert evaluate.kl_of_best_of_n(n) == pytest.approx(torch.xlogy(density, density).mean().item(), abs=1e-4)
+        assert over.kl_of_best_of_n(n) == pytest.approx(torch.xlogy(density, density).mean().item(), abs=1e-4)
 
 
 @pytest.mark.parametrize("rl", [False, True])
@@ -221,7 +221,7 @@ def test_the_fit_recovers_alpha_and_beta(rl):
     """Gao et al. Eq. 1 with known coefficients. Usual mistake: KL itself for its square root."""
     kl = [0.1, 0.5, 1.3, 2.9, 7.1]
     gains = [math.sqrt(k) * (0.7 - 0.2 * (math.log(math.sqrt(k)) if rl else math.sqrt(k))) for k in kl]
-    assert evaluate.fit(kl, gains, rl) == pytest.approx([0.7, 0.2], abs=1e-9)
+    assert over.fit(kl, gains, rl) == pytest.approx([0.7, 0.2], abs=1e-9)
 
 
 def test_a_win_rate_is_antisymmetric():
@@ -248,29 +248,30 @@ def test_no_trick_beats_the_judge():
         assert sum(v.score for v in verdicts) / len(tasks) < 0.55 and sum(v.right for v in verdicts) < 0.1 * len(tasks), name
 
 
-def test_seeds_give_mean_and_range(tmp_path, run, monkeypatch):
+def test_seeds_give_mean_and_range(tmp_path, monkeypatch):
     """Only what is missing is run, in order; the summary holds mean, lowest and highest, not a pooled interval."""
-    ran, made = [], {}
+    seeds, ran = benchmark("seeds"), []
 
-    def pretend(words):
-        ran.append([word for word in words[1:] if word != "--config"])
+    def pretend(words, cwd):
+        ran.append(words[1])
         folder = tmp_path / f"seed{words[words.index('--seed') + 1]}"
         folder.mkdir(exist_ok=True)
         stage = {"sft.py": "sft", "reward.py": "reward"}.get(words[1], "ppo_no_ptx" if "--ptx-coef" in words else "ppo")
         if words[1] == "evaluate.py":
             mean = [0.7, 0.5, 0.9][int(folder.name[-1]) - 1]
             estimate = {"mean": mean, "low": mean - 0.1, "high": mean + 0.1, "n": 120}
-            made[folder.name] = {"accuracy": {"sft": {"overall": estimate}}, "kl": {}, "seed": 1, "answers": []}
-            (folder / "evaluation.json").write_text(json.dumps(made[folder.name]))
+            made = {"accuracy": {"sft": {"overall": estimate}}, "kl": {}, "loss": mean, "answers": []}
+            (folder / "evaluation.json").write_text(json.dumps(made))
         else:
             for ending in ("pt", "json"):
                 (folder / f"{stage}.{ending}").touch()
         return SimpleNamespace(returncode=0)
-    monkeypatch.setattr(evaluate.subprocess, "run", pretend)
+    monkeypatch.setattr(seeds.subprocess, "run", pretend)
     (tmp_path / "seed2").mkdir()
     for ending in ("pt", "json"):
         (tmp_path / "seed2" / f"sft.{ending}").touch()
-    found = evaluate.over_seeds(EvaluateConfig(seeds=3), tmp_path)
+    found = seeds.merge([seeds.run("tiny", seed, tmp_path / f"seed{seed}") for seed in (1, 2, 3)])
     assert found["accuracy"]["sft"]["overall"] == pytest.approx({"mean": 0.7, "low": 0.5, "high": 0.9, "n": 3})
-    assert [words[0] for words in ran] == (["sft.py", "reward.py", "ppo.py", "ppo.py", "evaluate.py"] * 3)[:5] + [
-        "reward.py", "ppo.py", "ppo.py", "evaluate.py"] + ["sft.py", "reward.py", "ppo.py", "ppo.py", "evaluate.py"]
+    assert found["loss"] == found["accuracy"]["sft"]["overall"]
+    whole = ["sft.py", "reward.py", "ppo.py", "ppo.py", "evaluate.py"]
+    assert ran == whole + whole[1:] + whole

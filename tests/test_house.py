@@ -11,7 +11,7 @@ ORDER = ("config", "attention", "model", "sandbox", "data", "world", "training",
 PACKAGES = {"torch", "numpy", "tiktoken"}
 DRAWING = {"matplotlib"}            # only inside the function that draws
 SCRIPTS = {"sft", "reward", "ppo", "sample", "evaluate"}
-WIDTH, FUNCTION, MAIN, LINES = 125, 60, 80, 3000
+WIDTH, FUNCTION, MAIN, LINES = 115, 60, 80, 3000
 
 FILES = [name for name in ORDER if (ROOT / f"{name}.py").exists()]
 

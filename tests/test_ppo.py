@@ -718,7 +718,7 @@ def test_run_keeps_the_average(ppo_run):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--advantage", "group", "--episodes", 22, "--group", 4], ["--episodes 22", "--group 4"]),
+    (["--episodes", 8, "--group", 9], ["--group 9", "--episodes 8"]),
     (["--episodes", 7, "--minibatches", 8], ["--minibatches 8", "--episodes 7"]),
     (["--ptx-tokens", 64, "--ptx-window", 128], ["--ptx-window 128", "--ptx-tokens 64"])], ids=str)
 def test_too_few_of_something(flags, words, run, tmp_path):

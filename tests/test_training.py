@@ -107,6 +107,17 @@ def test_a_full_disk_as_torch_reports_it(tmp_path, monkeypatch):
     assert "x.pt" in str(error.value) and "\n" not in str(error.value) and not list(tmp_path.iterdir())
 
 
+def test_what_a_file_holds_follows_from_its_name(tmp_path):
+    """Usual mistake: a page of text that torch.save pickles, and a row that JSON wraps over several lines."""
+    value = [{"a": "é", "b": [1, 2]}, {"a": None}]
+    for name in ("x.json", "x.jsonl", "x.pt"):
+        training.save_atomically(value, tmp_path / name)
+    training.save_atomically("<p>é\n", tmp_path / "x.html")
+    assert (tmp_path / "x.html").read_bytes() == "<p>é\n".encode()
+    assert json.loads((tmp_path / "x.json").read_text(encoding="utf8")) == training.load(tmp_path / "x.pt") == value
+    assert [json.loads(line) for line in (tmp_path / "x.jsonl").read_text(encoding="utf8").split("\n")[:-1]] == value
+
+
 class Evil:
     """A pickle is a program: to load one is to run it."""
     def __init__(self, path):
@@ -275,6 +286,17 @@ def test_damaged_facts_are_one_line(text, tiny_run, tmp_path, run):
     done = run("sample", "--out", tmp_path, "--prompt", "Hello")
     assert done.code == 2 and done.out.count("\n") == 1
     assert "sft.json is damaged" in done.out and "python sft.py" in done.out
+
+
+@pytest.mark.parametrize("stage, script", [("sft", "sft.py"), ("grpo", "ppo.py --advantage group"),
+                                           ("dpo", "reward.py --objective dpo")])
+def test_a_stage_that_is_missing_names_its_command(stage, script, tmp_path):
+    with pytest.raises(UserError, match=f"no finished {stage}. Make it first: python {script}$"):
+        training.load_model(tmp_path, stage)
+    for ending in ("pt", "json"):
+        (tmp_path / f"reward.{ending}").touch()
+    with pytest.raises(UserError, match="no finished reward. Stages: base, sft, .*ppo$"):   # no model that answers
+        training.load_model(tmp_path, "reward")
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
