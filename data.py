@@ -110,13 +110,13 @@ def encode_example(tokenizer, instruction, input, output, history=()):
 def _read(path):
     """One file, .gz or not, as text. UserError where it is missing, a folder, empty, or not UTF-8."""
     try:
-        text = (gzip.open if str(path).endswith(".gz") else open)(path, "rb").read().decode("utf-8-sig")
+        raw = (gzip.open if str(path).endswith(".gz") else open)(path, "rb").read()
+        text = raw.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         line = error.object[:error.start].count(b"\n") + 1
         raise UserError(f"{path}, line {line}: not UTF-8. To convert it: iconv -f latin1 -t utf8") from None
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}. --data takes readable "
-                        "files, with commas between them") from None
+        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}. Is it whole?") from None
     if not text.strip():
         raise UserError(f"{path} is empty. Needed: plain text, or examples as .json or .jsonl")
     return text
@@ -130,8 +130,8 @@ def _is_json(path):
 
 def is_demonstrations(names):
     """Demonstrations (.json, .jsonl), or text, plain or as records {"text": ...}?"""
-    path = _files(names)[0]
-    return _is_json(path) and all("text" not in record for _, record in islice(_records(path), 1))
+    path, asks = _files(names)[0], {"instruction", "prompt"}
+    return _is_json(path) and all("text" not in r or asks & r.keys() for _, r in islice(_records(path), 1))
 
 def read_text(names):
     """Files of plain text or of records {"text": ...} -> one text; records are set apart by two empty lines."""
@@ -146,9 +146,9 @@ def _records(names):
         for line, part in enumerate([text] if array else text.split("\n"), 1):
             try:
                 found = json.loads(part if array else f"[{part}]")
-                if "\\ud" in part:              # half of a surrogate pair is no character
+                if "\\ud" in part.lower():      # half of a surrogate pair is no character
                     json.dumps(found, ensure_ascii=False).encode()
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:       # ... as [[[[... is to json
                 line += getattr(error, "lineno", 1) - 1
                 raise UserError(f"{path}, line {line}: not JSON ({getattr(error, 'msg', error.args[-1])}). "
                                 "Needed: an array in [ ], or one object a line") from None
@@ -175,7 +175,7 @@ def _dialogue(where, said):
         if not isinstance(text, str) or role not in (len(turns) % 2, 2):
             raise UserError(f"{where}: needed: messages of user and assistant in turns, like "
                             f'{{"role": "user", "content": "some text"}}, not {message!r:.60}')
-        system, turns = (system + text + "\n\n", turns) if role == 2 else (system, [*turns, text])
+        system, turns = (system + text + "\n\n" * bool(text), turns) if role == 2 else (system, [*turns, text])
     answer = {"output": turns.pop()} if turns and len(turns) % 2 == 0 else {}
     turns = [system + turn for turn in turns[:1]] + turns[1:]   # the system speaks before the first question
     return {"instruction": "".join(turns[-1:]), "history": [*map(list, zip(turns[::2], turns[1::2]))]} | answer
@@ -188,7 +188,8 @@ def _own_keys(where, record):
     pair = [record.get("chosen"), record.get("rejected")]
     if pair == [None, None]:
         return record
-    if "prompt" in record or "instruction" in record:   # two answers, or dialogues that end with them
+    whole = all(isinstance(said, list) and len(said) > 1 for said in pair)      # dialogues that end with them
+    if not whole and ("prompt" in record or "instruction" in record):
         answers = [_content(said[-1]) if isinstance(said, list) and said else said for said in pair]
     else:
         asked = [_dialogue(where, said) for said in pair]
@@ -218,16 +219,17 @@ def _question(where, record):
 
 def read_prompts(names):
     """Records with a prompt, or a .txt with one on each line -> [(instruction, input, history)]"""
-    return [asked for path in _files(names) for asked in (
+    asked = [one for path in _files(names) for one in (
         [_question(*found) for found in _records(path)] if _is_json(path) else
         [(line.strip(), "", []) for line in _read(path).splitlines() if line.strip()])]
+    if not asked:
+        raise UserError(f"{names} holds no prompts")
+    return asked
 
 def read_demonstrations(names):
     """JSON arrays or JSONL -> [(instruction, input, output, history)]. UserError at the first that lacks one."""
-    found = []
-    for where, record in _records(names):
-        instruction, input, history = _question(where, record)
-        found.append((instruction, input, _take(where, record, "output", "completion", "response"), history))
+    found = [(*(asked := _question(where, record))[:2], _take(where, record, "output", "completion", "response"),
+              asked[2]) for where, record in _records(names)]
     if not found:
         raise UserError(f"{names} holds no demonstrations")
     return found

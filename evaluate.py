@@ -166,8 +166,7 @@ def main():
     training.save_atomically(report, folder / "evaluation.json")
     for table in tables(report):
         say("\n" + markdown(*table))
-    say(f"\n95 % intervals, {config.per_category} prompts of each category: {folder / 'evaluation.json'}\n"
-        f"  python benchmarks/report.py {folder}      draws them, with ten prompts and their answers")
+    say(f"\n95 % intervals; all numbers: {folder / 'evaluation.json'}; drawn by: python benchmarks/report.py")
 
 if __name__ == "__main__":
     training.command(main)

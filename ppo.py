@@ -354,9 +354,8 @@ def main():
             say(f"  ! {name} {iteration + 1}: {warning}")
         stage.log(tokens=int(mask.sum()), shown=SHOWN, **row)
     stage.finish(ema.state_dict(), model=asdict(policy.config), parent="sft", last=row)
-    say(f"done in {training.clock(time.perf_counter() - started)}. Next:\n"
-        f"  python sample.py --compare --out {folder}      the answers of all stages, side by side\n"
-        f"  python evaluate.py --out {folder}              measure them on held-out prompts")
+    say(f"done in {training.clock(time.perf_counter() - started)}. Next:\n  python sample.py --compare --out "
+        f"{folder}      all stages side by side\n  python evaluate.py --out {folder}              measure them")
 
 if __name__ == "__main__":
     training.command(main)

@@ -188,7 +188,7 @@ def finetune(config, folder, model, tokenizer, train, val, corpus, ask, cast):
         return rows
     def check(step):
         for question, answer in zip(ask, training.respond(model, tokenizer, prompts, 80, 0, 0, cast)):
-            say("    " + " ".join(question).strip().replace("\n", " / ")[:90])
+            say("    " + " ".join(question[:2]).strip().replace("\n", " / ")[:90])
             say("      -> " + answer.text.replace("\n", "\n         "))
         return {"demonstrations": held_out_loss(model, checks, cast)}
     learn(config, folder, "sft", model, steps, min(config.warmup, steps // 10),
@@ -211,7 +211,7 @@ def main():
         pretrain(config, folder, model, corpus, held_out, cast)
     if not isinstance(own, str):
         train, val = make_examples(config, tokenizer, own)
-        ask = [(d[0], d[1]) for d in own[:60:20]] if own else [(prompt, "") for prompt in world.SHOWN]
+        ask = [(d[0], d[1], d[3]) for d in own[:60:20]] if own else [(prompt, "") for prompt in world.SHOWN]
         say(f"step 1: fine-tune on {len(train):,} demonstrations, {config.epochs} times")
         finetune(config, folder, model, tokenizer, train, val, corpus, ask, cast)
     say(f"done in {training.clock(time.perf_counter() - started)}. Next:\n"

@@ -61,7 +61,7 @@ def main():
             changed = dataclasses.replace(config, batch_prompts=batch, out=place)
             reward.train(changed, Path(place), model, elements, tokenizer.pad, cast)
         seconds = time.perf_counter() - start
-        found = reward.measure(model, tokenizer, tasks, answers, config.seed, cast)
+        found = reward.measure(model, tokenizer, tasks, answers, config.seed, sft.config.block_size, cast)
         trained = reward.score_many(model, [ids for ids, _ in groups[:300]], tokenizer.pad, cast)
         seen = reward.accuracy(trained, reward.preferred(reward.table([ranks for _, ranks in groups[:300]])))
         print(f"{name}: {seconds:.0f} s; of the pairs trained on {100 * seen:.1f} % in the labelers' order, of held-out pairs "

@@ -38,6 +38,9 @@ COMPARISONS = {         # a record -> (instruction, input, history, responses, r
                            ("q2", "", [("be brief\n\nq", "a")], ["b", "c"], [0, 1])),
     "transcripts": ({"chosen": HH + " b\n\nas the Assistant: said", "rejected": HH + " c"},
                     ("q2", "", [("q", "a")], ["b\n\nas the Assistant: said", "c"], [0, 1])),
+    "prompt and dialogues": ({"prompt": "lost?", "chosen": [USER, BOT, TALK[3], {"role": "assistant", "content": "b"}],
+                              "rejected": [USER, BOT, TALK[3], {"role": "assistant", "content": "c"}]},
+                             ("q2", "", [("q", "a")], ["b", "c"], [0, 1])),
     "K-wise": ({"prompt": "q", "responses": ["b", "c", "d"], "ranks": [1, 0, 1]}, ("q", "", [], ["b", "c", "d"], [1, 0, 1])),
 }
 
@@ -85,6 +88,18 @@ def test_text_and_prompts(tmp_path):
     assert data.read_text(tmp_path / "book.txt.gz") == "l'été\n"
     assert data.read_prompts(tmp_path / "asked.txt") == [("first", "", []), ("second", "", [])]
     assert data.read_prompts(tmp_path / "asked.jsonl") == [("q2", "", [("be brief\n\nq", "a")]), ("q", "x", [])]
+
+
+def test_a_text_column_beside_the_columns_that_count(tmp_path):
+    """Alpaca as published has a "text" of prompt and answer together: usual mistake, it is taken for a book."""
+    (tmp_path / "f.jsonl").write_text('{"instruction": "q", "output": "a", "text": "q a"}\n')
+    assert data.is_demonstrations(tmp_path / "f.jsonl")
+
+
+def test_line_ends_of_windows(tmp_path):
+    """Two empty lines part two texts, whatever the line ends. Usual mistake: the file is one text."""
+    (tmp_path / "f.txt").write_bytes(b"one\r\n\r\n\r\ntwo")
+    assert data.read_text(tmp_path / "f.txt").split("\n\n\n") == ["one", "two"]
 
 
 def test_several_files_and_globs(tmp_path):
@@ -156,9 +171,12 @@ BAD = {     # what is wrong -> (reader, bytes, what the one line must say beside
         ("empty", b"", ["empty"]), ("blank", b" \n\t\n", ["empty"]), ("latin1", b'{"prompt": "\xe9"}\n', ["line 1", "not UTF-8", "iconv"]),
         ("UTF-16", '{"prompt": "q"}'.encode("utf-16"), ["line 1", "not UTF-8"]),
         ("cut", b'[{"prompt": "a",\n"chosen": "b"}', ["line 2", "not JSON"]), ("no JSON", b"prompt,chosen\n", ["line 1", "not JSON"]),
+        ("another half", b'{"prompt": "\\uD800", "chosen": "b"}', ["line 1", "surrogates"]),
+        ("nested without end", b'{"prompt": ' + b"[" * 100_000, ["line 1", "not JSON"]),
         ("half a surrogate", b'{"prompt": "\\ud800", "chosen": "b"}', ["line 1", "surrogates"]),
         ("a huge line that is cut", b'{"prompt": "' + b"x" * 3_000_000, ["line 1", "not JSON"]))},
     "no comparison is left": ("comparisons", lines({"prompt": "q", "chosen": "b", "rejected": "b"}), ["1 with equal texts"]),
+    "no prompt": ("prompts", b"[]", ["no prompts"]),
     "no demonstration": ("demonstrations", b"[]", ["no demonstrations"]),
 }
 
