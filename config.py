@@ -113,7 +113,7 @@ class SampleConfig(CommandConfig):  # using a trained model
     input: str = ""             # the text that it is about, if any
     num_samples: int = 1        # answers to the prompt
     max_new_tokens: int = 160
-    temperature: float = 0.7    # 1: as the model believes; 0: always its first choice
+    temperature: float = 0.5    # 1: as the model believes; 0: always its first choice
     top_k: int = 0              # 0 = off
     top_p: float = 1.0          # 1 = off
     chat: bool = False          # a conversation
