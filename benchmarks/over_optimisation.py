@@ -10,6 +10,7 @@ import argparse
 import json
 import math
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -48,7 +49,8 @@ def fit(kl, gain, rl):
 
 def along_ppo(folder, sft, tokenizer, device, cast):
     """-> [{"kl", "proxy", "gold"}], gains over the SFT model on the same held-out prompts."""
-    config = PPOConfig(**json.loads((folder / "ppo.json").read_text(encoding="utf8"))["config"])
+    said = json.loads((folder / "ppo.json").read_text(encoding="utf8"))["config"]
+    config = PPOConfig(**{field.name: said[field.name] for field in fields(PPOConfig) if field.name in said})
     score, _ = ppo.make_reward(config, folder, sft, tokenizer, cast, device)
     start = ppo.held_out(sft, sft, tokenizer, ppo.prompts_of(config)[1], score, config, cast)
     rows = map(json.loads, (folder / "ppo.jsonl").read_text(encoding="utf8").splitlines())
