@@ -44,16 +44,16 @@ def few_shot_prompt(tokenizer, task, examples, room):
             break
     return ids[-room:]
 
-def respond(model, tokenizer, tasks, few_shot, temperature, config, cast):
-    """-> [Answer]: one to every task."""
+def respond(model, tokenizer, tasks, shots, temperature, config, cast):
+    """-> [Answer]: one to every task; shots None: in turns; 0 to 3: as a document, after so many examples."""
     prompts = [data.encode_prompt(tokenizer, *t.parts) for t in tasks]
-    if few_shot:                                # three examples each
+    if shots is not None:
         n, shown = model.config.block_size, world.tasks(9 * len(world.CATEGORIES), "train", config.seed + 1)
-        prompts = [few_shot_prompt(tokenizer, t, [s for s in shown if s.category == t.category][i % 3::3],
+        prompts = [few_shot_prompt(tokenizer, t, [s for s in shown if s.category == t.category][i % 3::3][:shots],
                                    max(n - 64, n // 2)) for i, t in enumerate(tasks)]
     found = training.respond(model, tokenizer, prompts, 100, temperature, config.seed, cast,
                              config.batch_size)
-    if few_shot:                                # a base goes on with the next question: its answer ends there
+    if shots is not None:                       # a base goes on with the next question: its answer ends there
         cut = [a.text.split("\n\nQuestion:") for a in found]
         found = [a._replace(text=parts[0], ended=a.ended or len(parts) > 1) for a, parts in zip(found, cut)]
     return found
@@ -76,7 +76,7 @@ def best_of(config, folder, sft, tokenizer, tasks, device, cast):
     score, _ = make_reward(PPOConfig(), folder, sft, tokenizer, cast, device)
     training.progress(f"  best of {config.best_of}: {len(tasks) * config.best_of:,} answers", always=True)
     many = [task for task in tasks for _ in range(config.best_of)]
-    found = respond(sft, tokenizer, many, False, 1.0, config, cast)
+    found = respond(sft, tokenizer, many, None, 1.0, config, cast)
     verdicts = world.judge_many(many, [a.text for a in found], [a.ended for a in found])
     proxy = torch.tensor(score(many, [a.text for a in found])).view(len(tasks), -1)             # (M,N)
     picked = {f"best_of_{n}": [verdicts[i * config.best_of + k] for i, k in enumerate(
@@ -98,7 +98,7 @@ def measure(config, folder, stages, device, cast):
         label = FEW_SHOT if stage == "base" else stage
         for (name, tasks), (temperature, greedy) in product(sets.items(), ((0.0, "_greedy"), (1.0, ""))):
             training.progress(f"  {label}: {name}{greedy}")
-            found = respond(model, tokenizer, tasks, stage == "base", temperature, config, cast)
+            found = respond(model, tokenizer, tasks, 3 if stage == "base" else None, temperature, config, cast)
             judged = world.judge_many(tasks, [a.text for a in found], [a.ended for a in found])
             for key, value in tabulate(tasks, judged).items():
                 report.setdefault(key + SETS[name] + greedy, {})[label] = value
@@ -108,13 +108,13 @@ def measure(config, folder, stages, device, cast):
         texts = texts or held_out_text(tokenizer, 0)        # the stages of a run share their tokenizer
         report["pretraining_loss"][label] = {text: held_out_loss(model, held_out_windows(
             ids, model.config.block_size, 64), cast) for text, ids in texts.items()}    # InstructGPT 4.2
-        if stage.startswith("ppo"):             # found: the last set's, test at temperature 1
-            report["kl"][stage] = estimate(sequence_kl(model, models["sft"], tokenizer, test, found, cast))
+        if stage not in ("base", "sft"):        # found: the last set's, test at temperature 1
+            prompts = [data.encode_prompt(tokenizer, *task.parts) for task in test]
+            report["kl"][stage] = estimate(sequence_kl(model, models["sft"], prompts, found, tokenizer.pad, cast))
     if training.finished(folder, "reward"):
         report["reward_model"] = json.loads((folder / "reward.json").read_text(encoding="utf8"))["measured"]
         if config.best_of > 1:
-            picked, _, _ = best_of(config, folder, models["sft"], tokenizer, test, device, cast)
-            for label, judged in picked.items():
+            for label, judged in best_of(config, folder, models["sft"], tokenizer, test, device, cast)[0].items():
                 verdicts[label] = judged
                 for key, value in tabulate(test, judged).items():
                     report[key][label] = value

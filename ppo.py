@@ -220,20 +220,20 @@ def summarise(steps, old, ref, values, returns, rewards, mask):
             "explained_variance": 1 - error.item() / max(spread.item(), 1e-8)}
 
 @torch.no_grad()
-def sequence_kl(policy, reference, tokenizer, tasks, answers, cast):
+def sequence_kl(policy, reference, prompts, answers, pad, cast):
     """Σ_t k1 of each answer, sampled of the policy: on average KL(π‖π_ref) in nats an answer -> [float]"""
     first, device, found = 1 - policy.config.block_size, policy.wte.weight.device, []
-    prompts = [data.encode_prompt(tokenizer, *task.parts)[first:] for task in tasks]
     for i in range(0, len(prompts), 64):
-        e = Episodes(prompts[i:i + 64], [a.ids for a in answers[i:i + 64]], tokenizer.pad, device)
+        asked = [prompt[first:] for prompt in prompts[i:i + 64]]
+        e = Episodes(asked, [a.ids for a in answers[i:i + 64]], pad, device)
         k1, _, _ = kl_estimates(e.logprobs(policy, cast), e.logprobs(reference, cast))
         found += (k1 * e.mask).sum(1).tolist()
     return found
 
 def held_out(policy, reference, tokenizer, tasks, reward, config, cast):
     """The judge's (where it knows the tasks) and the reward's means over held-out prompts, and the KL."""
-    _, answers, scores = rollout(policy, tokenizer, tasks, reward, config, config.seed, cast)
-    moved = sequence_kl(policy, reference, tokenizer, tasks, answers, cast)
+    prompts, answers, scores = rollout(policy, tokenizer, tasks, reward, config, config.seed, cast)
+    moved = sequence_kl(policy, reference, prompts, answers, tokenizer.pad, cast)
     found = {"proxy": scores.mean().item(), "held_out_kl": sum(moved) / len(tasks)}
     if not config.data:
         verdicts = world.judge_many(tasks, [a.text for a in answers], [a.ended for a in answers])

@@ -32,17 +32,11 @@ def run(*words):
     subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, check=True)
 
 
-def answer(folder, stage, few_shot, tasks, config, device, cast):
+def answer(folder, stage, shots, tasks, config, device, cast):
     """-> (verdicts, parameters, tokens of pretraining) of one model."""
     model, tokenizer, _ = training.load_model(folder, stage, device)
     base = training.load_model(folder, "base", device)[2]
-    if stage == "base" and not few_shot:    # the bare question, as text: a base knows no turns
-        prompts = [[tokenizer.end, *tokenizer.encode(f"Question: {t.prompt}\nAnswer: ")] for t in tasks]
-        found = training.respond(model, tokenizer, prompts, 100, 1.0, config.seed, cast)
-        cut = [a.text.split("\n\nQuestion:") for a in found]
-        found = [a._replace(text=parts[0], ended=a.ended or len(parts) > 1) for a, parts in zip(found, cut)]
-    else:
-        found = evaluate.respond(model, tokenizer, tasks, few_shot, 1.0, config, cast)
+    found = evaluate.respond(model, tokenizer, tasks, shots, 1.0, config, cast)
     verdicts = world.judge_many(tasks, [a.text for a in found], [a.ended for a in found])
     return verdicts, model.num_params(), base["steps"] * base["config"]["pretrain_batch"]
 
@@ -65,9 +59,9 @@ def main():
     device = training.pick_device(config.device)
     cast = training.autocast(device, training.pick_dtype(config.dtype, device)[0])
     tasks = world.tasks(config.per_category * len(world.CATEGORIES), "test")
-    rows = {"small, PPO-ptx": (small, "ppo", False), "small, SFT": (small, "sft", False),
-            "small base, few-shot": (small, "base", True), "big base, no examples": (big, "base", False),
-            "big base, few-shot": (big, "base", True), "big, SFT": (big, "sft", False)}
+    rows = {"small, PPO-ptx": (small, "ppo", None), "small, SFT": (small, "sft", None),
+            "small base, few-shot": (small, "base", 3), "big base, no examples": (big, "base", 0),
+            "big base, few-shot": (big, "base", 3), "big, SFT": (big, "sft", None)}
     found = {name: answer(*how, tasks, config, device, cast) for name, how in rows.items()}
     aligned, report = found["small, PPO-ptx"][0], {}
     for name, (verdicts, parameters, tokens) in found.items():

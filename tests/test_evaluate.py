@@ -84,7 +84,7 @@ def test_every_answer_belongs_to_its_question(few_shot, bytewise, tasks, monkeyp
         return SimpleNamespace(responses=[bytewise.encode(bare[tuple(p)]) + [eos] for p in prompts])
     monkeypatch.setattr(training, "generate", perfect)
     model = SimpleNamespace(config=SimpleNamespace(block_size=4000), wte=SimpleNamespace(weight=torch.zeros(1)))
-    answers = evaluate.respond(model, bytewise, tasks, few_shot, 0.3, EvaluateConfig(batch_size=8), contextlib.nullcontext())
+    answers = evaluate.respond(model, bytewise, tasks, 3 if few_shot else None, 0.3, EvaluateConfig(batch_size=8), contextlib.nullcontext())
     assert [a.text for a in answers] == [t.output for t in tasks] and all(a.ended for a in answers)
     assert list(map(len, sizes)) == [8, 8, 8, 8, 8, 5] and temperatures == {0.3}
     assert sum(sizes, []) == sorted(sum(sizes, [])), "equal lengths together"
@@ -101,7 +101,7 @@ def test_an_answer_that_does_not_end_is_not_stopped(bytewise, tasks, monkeypatch
     monkeypatch.setattr(training, "generate", lambda model, prompts, *a, **k: SimpleNamespace(
         responses=[bytewise.encode("ha ha") for _ in prompts]))
     model = SimpleNamespace(config=SimpleNamespace(block_size=4000), wte=SimpleNamespace(weight=torch.zeros(1)))
-    answers = evaluate.respond(model, bytewise, tasks, False, 1.0, EvaluateConfig(), contextlib.nullcontext())
+    answers = evaluate.respond(model, bytewise, tasks, None, 1.0, EvaluateConfig(), contextlib.nullcontext())
     assert [a.text for a in answers] == ["ha ha"] * 45 and not any(a.ended for a in answers)
     table = evaluate.tabulate(tasks, world.judge_many(tasks, [a.text for a in answers], [a.ended for a in answers]))
     assert table["accuracy"]["overall"]["mean"] == 0 == table["stopped"]["mean"]
@@ -118,7 +118,7 @@ def test_a_short_context_is_no_error(context, few_shot, bytewise, tasks, monkeyp
         return SimpleNamespace(responses=[[] for _ in prompts])
     monkeypatch.setattr(training, "generate", recording)
     model = SimpleNamespace(config=SimpleNamespace(block_size=context), wte=SimpleNamespace(weight=torch.zeros(1)))
-    evaluate.respond(model, bytewise, tasks, few_shot, 1.0, EvaluateConfig(), contextlib.nullcontext())
+    evaluate.respond(model, bytewise, tasks, 3 if few_shot else None, 1.0, EvaluateConfig(), contextlib.nullcontext())
     assert len(sizes) == 45 and 0 < min(sizes) and max(sizes) < context
 
 
