@@ -5,9 +5,9 @@ import gzip
 import json
 import random
 import re
+import runpy
 import zlib
 from collections import Counter, defaultdict
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +29,6 @@ def train_bpe(texts, size):
     spelled = [([bytes([b]) for b in word.encode()], n) for word, n in sorted(words.items())]
     ranks = {bytes([i]): i for i in range(256)}
     count, where = Counter(), defaultdict(set)      # of each pair: how often, and words that may contain it
-
     def tally(i, sign):
         parts, n = spelled[i]
         for pair in zip(parts, parts[1:]):
@@ -37,10 +36,8 @@ def train_bpe(texts, size):
             where[pair].add(i)
     for i in range(len(spelled)):
         tally(i, 1)
-    while len(ranks) < size and count:
-        best = max(count, key=lambda pair: (count[pair], pair))     # a tie must not depend on the hash seed
-        if count[best] < 2:
-            break                                   # what occurs once is no pattern
+    while len(ranks) < size and (most := max(count.values(), default=0)) > 1:     # once is no pattern
+        best = max(pair for pair, n in count.items() if n == most)      # a tie must not depend on the hash seed
         ranks[best[0] + best[1]] = len(ranks)
         for i in where.pop(best):                   # recount only these words
             tally(i, -1)
@@ -93,12 +90,9 @@ class Tokenizer:
 
 def encode_prompt(tokenizer, instruction, input="", history=()):
     """<|user|> instruction, blank line, input <|assistant|> -> ids. history: ((user, assistant), ...)"""
-    # Earlier turns stand before it, each ended by <|endoftext|>, as the model's own answers are.
-    ids = []
-    for user, answer in history:
-        ids += encode_prompt(tokenizer, user) + tokenizer.encode(answer) + [tokenizer.end]
+    past = [i for user, answer in history for i in encode_example(tokenizer, user, "", answer)[0]]
     text = f"{instruction}\n\n{input}" if input else instruction
-    return ids + [tokenizer.user, *tokenizer.encode(text), tokenizer.assistant]
+    return [*past, tokenizer.user, *tokenizer.encode(text), tokenizer.assistant]
 
 def encode_example(tokenizer, instruction, input, output, history=()):
     """A demonstration -> (ids, mask), side by side: mask is True at the response and at its final EOS."""
@@ -110,8 +104,7 @@ def encode_example(tokenizer, instruction, input, output, history=()):
 def _read(path):
     """One file, .gz or not, as text. UserError where it is missing, a folder, empty, or not UTF-8."""
     try:
-        raw = (gzip.open if str(path).endswith(".gz") else open)(path, "rb").read()
-        text = raw.decode("utf-8-sig").replace("\r\n", "\n")
+        text = (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig").read()
     except UnicodeDecodeError as error:
         line = error.object[:error.start].count(b"\n") + 1
         raise UserError(f"{path}, line {line}: not UTF-8. To convert it: iconv -f latin1 -t utf8") from None
@@ -121,27 +114,26 @@ def _read(path):
         raise UserError(f"{path} is empty. Needed: plain text, or examples as .json or .jsonl")
     return text
 
-def _files(names):
-    """"a.jsonl,b*.json" -> the files, in order."""
-    return [path for name in str(names).split(",") for path in sorted(glob.glob(name)) or [name]]
-
-def _is_json(path):
-    return Path(str(path).removesuffix(".gz")).suffix.lower() in (".json", ".jsonl")
+def kind_of(names):
+    """What the first record is, by its keys: "text", "comparisons", "demonstrations" or "prompts"."""
+    _, record = next(_records(names, "text"))
+    return ("text" if "text" in record and not record.keys() & {"instruction", "prompt"} else
+            "comparisons" if "responses" in record else
+            "demonstrations" if record.keys() & {"output", "completion", "response"} else "prompts")
 
 def is_demonstrations(names):
-    """Demonstrations (.json, .jsonl), or text, plain or as records {"text": ...}?"""
-    path, asks = _files(names)[0], {"instruction", "prompt"}
-    return _is_json(path) and all("text" not in r or asks & r.keys() for _, r in islice(_records(path), 1))
+    """Not text, plain or as records {"text": ...}."""
+    return bool(names) and kind_of(names) != "text"
 
-def read_text(names):
-    """Files of plain text or of records {"text": ...} -> one text; records are set apart by two empty lines."""
-    return "\n\n\n".join("\n\n\n".join(_take(where, record, "text") for where, record in _records(path))
-                         if _is_json(path) else _read(path) for path in _files(names))
-
-def _records(names):
-    """Each object of JSON arrays or of JSONL -> (where it stands, the object in our own keys)."""
-    for path in _files(names):
+def _records(names, plain=""):
+    """Each object of JSON arrays or of JSONL -> (where it stands, the object in our own keys). names: "a.jsonl,
+    b*.json"; of a file named otherwise, with plain="text" all is a record, with plain="prompt" each line."""
+    for path in (path for name in str(names).split(",") for path in sorted(glob.glob(name)) or [name]):
         text = _read(path)
+        if plain and Path(path.removesuffix(".gz")).suffix.lower() not in (".json", ".jsonl"):
+            parts = [text] if plain == "text" else filter(None, map(str.strip, text.splitlines()))
+            yield from ((path, {plain: part}) for part in parts)
+            continue
         array = text.lstrip().startswith("[")
         for line, part in enumerate([text] if array else text.split("\n"), 1):
             try:
@@ -152,6 +144,8 @@ def _records(names):
                 line += getattr(error, "lineno", 1) - 1
                 raise UserError(f"{path}, line {line}: not JSON ({getattr(error, 'msg', error.args[-1])}). "
                                 "Needed: an array in [ ], or one object a line") from None
+            if array and not found:
+                raise UserError(f"{path} holds no comparison, no demonstrations, no prompts")
             for i, record in enumerate(found, 1):
                 where = f"{path}, item {i}" if array else f"{path}, line {line}"
                 if not isinstance(record, dict):
@@ -173,8 +167,7 @@ def _dialogue(where, said):
         text = _content(message)
         role = text is not None and ROLES.get(str(message.get("role", message.get("from"))).lower())
         if not isinstance(text, str) or role not in (len(turns) % 2, 2):
-            raise UserError(f"{where}: needed: messages of user and assistant in turns, like "
-                            f'{{"role": "user", "content": "some text"}}, not {message!r:.60}')
+            raise UserError(f'{where}: needed: user, assistant in turns, each with "content", not {message!r:.60}')
         system, turns = (system + text + "\n\n" * bool(text), turns) if role == 2 else (system, [*turns, text])
     answer = {"output": turns.pop()} if turns and len(turns) % 2 == 0 else {}
     turns = [system + turn for turn in turns[:1]] + turns[1:]   # the system speaks before the first question
@@ -189,7 +182,7 @@ def _own_keys(where, record):
     if pair == [None, None]:
         return record
     whole = all(isinstance(said, list) and len(said) > 1 for said in pair)      # dialogues that end with them
-    if not whole and ("prompt" in record or "instruction" in record):
+    if not whole and record.keys() & {"prompt", "instruction"}:
         answers = [_content(said[-1]) if isinstance(said, list) and said else said for said in pair]
     else:
         asked = [_dialogue(where, said) for said in pair]
@@ -217,26 +210,21 @@ def _question(where, record):
         raise UserError(f"{where}: needed: a question and its answer in each turn of \"history\"")
     return instruction, _take(where, record, "input", default=""), [*map(tuple, history)]
 
+def read_text(names):
+    """Plain text or records {"text": ...} -> one text, in which two empty lines set the records apart."""
+    return "\n\n\n".join(_take(*found, "text") for found in _records(names, "text"))
+
 def read_prompts(names):
     """Records with a prompt, or a .txt with one on each line -> [(instruction, input, history)]"""
-    asked = [one for path in _files(names) for one in (
-        [_question(*found) for found in _records(path)] if _is_json(path) else
-        [(line.strip(), "", []) for line in _read(path).splitlines() if line.strip()])]
-    if not asked:
-        raise UserError(f"{names} holds no prompts")
-    return asked
+    return [_question(*found) for found in _records(names, "prompt")]
 
 def read_demonstrations(names):
     """JSON arrays or JSONL -> [(instruction, input, output, history)]. UserError at the first that lacks one."""
-    found = [(*(asked := _question(where, record))[:2], _take(where, record, "output", "completion", "response"),
-              asked[2]) for where, record in _records(names)]
-    if not found:
-        raise UserError(f"{names} holds no demonstrations")
-    return found
+    return [(*parts, _take(where, record, "output", "completion", "response"), history)
+            for where, record in _records(names) for *parts, history in [_question(where, record)]]
 
 def read_comparisons(names):
-    """JSON arrays or JSONL -> ([(instruction, input, history, responses, ranks)], {why skipped: how many})."""
-    # Keys: chosen, rejected, or responses, ranks (lowest = best, equal = tie); the question's: see _question.
+    """Records with ranks, 0 the best -> ([(instruction, input, history, responses, ranks)], {skipped: number})"""
     found, skipped = [], Counter()
     for where, record in _records(names):
         question = _question(where, record)
@@ -279,3 +267,6 @@ def epoch_batches(lengths, batch_size, seed):
     batches = [[i for _, i in order[j:j + batch_size]] for j in range(0, len(order), batch_size)]
     r.shuffle(batches)
     return batches
+
+if __name__ == "__main__":      # python data.py FILE: what is understood of it
+    runpy.run_path(str(Path(__file__).parent / "benchmarks" / "preview.py"), run_name="__main__")

@@ -1,10 +1,7 @@
-"""Use a model: ask it, chat with it, compare the stages, run the code it wrote, rank its answers.
+"""Use a model: ask it, --chat with it, --compare the stages, run the code that it wrote, rank its answers.
 
-    python sample.py --prompt "What is the capital of France?" --num-samples 5
-    python sample.py --prompt "Who likes tea?" --input "Anna likes tea. Ben lives in Oslo."
+    python sample.py --prompt "Who likes tea?" --input "Anna likes tea. Ben lives in Oslo." --num-samples 5
     python sample.py --prompt "请生成一个函数，用于计算两个矩阵的乘积" --execute
-    python sample.py --compare
-    python sample.py --chat
     python sample.py --rank mine.jsonl --prompts asked.jsonl --num-samples 4 --temperature 1"""
 import contextlib
 import json
@@ -33,9 +30,9 @@ def answers(model, tokenizer, prompt, n, config, cast, turn=0, **options):
     """n answers to one encoded prompt -> list of str. Each turn of a chat has a seed of its own."""
     if len(prompt) >= model.config.block_size:
         raise UserError(f"the prompt has {len(prompt)} tokens, the context only {model.config.block_size}")
-    found = training.respond(model, tokenizer, [prompt] * n, config.max_new_tokens, config.temperature,
-                             config.seed + turn, cast, top_k=config.top_k, top_p=config.top_p, **options)
-    return [answer.text for answer in found]
+    return [answer.text for answer in training.respond(
+        model, tokenizer, [prompt] * n, config.max_new_tokens, config.temperature, config.seed + turn, cast,
+        top_k=config.top_k, top_p=config.top_p, **options)]
 
 def execute(answer, stdin):
     """Run an answer as Python and show what happens."""
@@ -78,8 +75,7 @@ def chat(model, tokenizer, config, cast):
     say("bye")
 
 def parse_ranking(line, k):
-    """"2 > 1 = 3" or "2 1=3" -> [1, 0, 1], the rank of each of k answers: 0 = best, equal = tie. "s": all
-    tie. ValueError says what is wrong."""
+    """"2 > 1 = 3" or "2 1=3" -> [1, 0, 1], the ranks of k answers: 0 = best, equal = tie; "s": all tie."""
     names = [str(n) for n in range(1, k + 1)]
     text = "=".join(names) if line.strip() == "s" else "".join(line.split())
     if not re.fullmatch(f"[1-{k}]([>=]?[1-{k}])*", text):
@@ -120,18 +116,16 @@ def rank(model, tokenizer, stage, config, cast, folder, ask=None):
         left = {key: parts for parts in prompts if (key := json.dumps(parts)) not in known}
         say(f"{len(left)} prompts to rank, best first, like 2 > 1 = 3 (a tie) or 2 1=3; s skips, q quits")
         for i, (key, (instruction, input, history)) in enumerate(left.items(), 1):
-            texts, prompt = [], encode(tokenizer, stage, instruction, input, history)
-            if len(prompt) < model.config.block_size:
-                drawn = answers(model, tokenizer, prompt, k, config, cast, training.seed_of(key))
-                texts = list(dict.fromkeys(drawn))
+            prompt, seed = encode(tokenizer, stage, instruction, input, history), training.seed_of(key)
+            fits = len(prompt) < model.config.block_size
+            texts = list(dict.fromkeys(answers(model, tokenizer, prompt, k, config, cast, seed) if fits else ()))
             if len(texts) < 2:
                 say(f"left out, {'all answers equal' if texts else 'too long a prompt'}: {instruction!r:.60}")
                 continue
-            order = random.Random(key).sample(range(len(texts)), len(texts))   # the first is often commonest
+            texts = random.Random(key).sample(texts, len(texts))        # the first is often the commonest
             turns = [f"{who}> {said}" for turn in history for who, said in zip(("you", "model"), turn)]
             text = "\n\n".join(filter(None, [*turns, instruction, input]))
-            given = (ask or keyboard)(f"{i}/{len(left)}", text, [texts[j] for j in order])
-            ranks = [rank for _, rank in sorted(zip(order, given))]             # in the order of `texts`
+            ranks = (ask or keyboard)(f"{i}/{len(left)}", text, texts)
             row = zip(KEYS, (instruction, input, history, texts, ranks, stage, config.seed))
             file.write(json.dumps(dict(row), ensure_ascii=False).encode() + b"\n")
             file.flush()
@@ -145,9 +139,7 @@ def main(ask=None):
     training.set_up_cpu(config.threads)
     folder, device = training.run_path(config), training.pick_device(config.device)
     cast = training.autocast(device, training.pick_dtype(config.dtype.replace("auto", "fp32"), device)[0])
-    stages = [stage for stage in training.MADE_BY if training.finished(folder, stage)]
-    if not stages:
-        raise UserError(f"{folder} holds no model yet. Train one first: python sft.py --config tiny")
+    stages = [stage for stage in training.MADE_BY if training.finished(folder, stage)] or ["base"]
     stages = stages if config.compare else [config.stage or stages[-1]]
     models = {stage: training.load_model(folder, stage, device) for stage in stages}
     for stage, (model, tokenizer, _) in models.items():

@@ -125,8 +125,10 @@ def load(path, device="cpu"):
         raise UserError(f"cannot read {path}: {type(error).__name__}. Remove it, repeat its step") from None
 
 def run_path(config):
-    """Where the run is: --out, or runs/<config>, or with own data runs/<config>-<file stem>."""
-    return Path(config.out or f"runs/{config.config}" + (f"-{Path(config.data).stem}" if config.data else ""))
+    """Where the run is: --out, or runs/<config>, or with own data runs/<config>-<stem of its first file>."""
+    stem = Path(config.data.split(",")[0].removesuffix(".gz")).stem
+    name = "-".join("".join(c if c.isalnum() or c in "-_." else " " for c in stem).split()).strip("-.") or "data"
+    return Path(config.out or f"runs/{config.config}" + (f"-{name}" if config.data else ""))
 
 def run_folder(config):
     """The folder of the run, made and proved writable before anything is computed."""

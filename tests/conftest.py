@@ -27,11 +27,11 @@ TINY = ("--dtype fp32 --threads 2 --n-layer 1 --n-embd 32 --n-head 2 --vocab-siz
 
 
 def run_command(script, *args, stdin=""):
-    """`python script.py args` in this process -> its exit code, and all that it printed."""
+    """`python script.py args` in this process -> its exit code, and all that it printed. script: a name, or a module."""
     import training
-    module, out = __import__(script), io.StringIO()
+    module, out = __import__(script) if isinstance(script, str) else script, io.StringIO()
     before = sys.argv, sys.stdin
-    sys.argv, sys.stdin = [f"{script}.py", *map(str, args)], io.StringIO(stdin)
+    sys.argv, sys.stdin = [f"{module.__name__}.py", *map(str, args)], io.StringIO(stdin)
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
             try:

@@ -169,6 +169,15 @@ def test_where_a_run_is():
     assert str(training.run_path(SFTConfig(data="some/book.txt", out="here"))) == "here"
 
 
+@pytest.mark.parametrize("given, name", [
+    ("a/b.jsonl", "b"), ("a/b.jsonl.gz", "b"), ("a/b.jsonl,c.jsonl", "b"), ("a/b-*.jsonl", "b"), ("x/*.json", "data"),
+    ("my file (1).txt", "my-file-1"), ("b[0-9]?.json", "b-0-9"), ("v1.2_猫.txt", "v1.2_猫"), ("..", "data"), ("a/b.txt/", "b"),
+])
+def test_a_run_of_your_data_has_a_sane_name(given, name):
+    """Usual mistake: the stem as it stands, and the folder is called tiny-*.jsonl, which the next shell expands."""
+    assert str(training.run_path(SFTConfig(data=given))) == os.path.join("runs", f"tiny-{name}")
+
+
 def test_devices_that_are_not_there():
     for name in ("cuda:99", "toaster"):
         with pytest.raises(UserError, match=f"--device {name}"):
