@@ -8,14 +8,13 @@ judge compares. Control rows, to keep it honest: the big base without and with e
 the small base, parameters and pretraining tokens of each. Prints Markdown, writes <out>/headline.json.
 """
 import argparse
-import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 from config import parse  # noqa: E402  (before torch: see there)
 
+import commands  # noqa: E402
 import evaluate  # noqa: E402
 import training  # noqa: E402
 import world  # noqa: E402
@@ -25,11 +24,6 @@ import world  # noqa: E402
 SMALL = "--n-embd 32 --n-layer 4 --init-std 0.15 --pretrain-steps 8000".split()
 BIG = ("--n-embd 400 --n-layer 6 --n-head 8 --init-std 0.05 --pretrain-steps 3000 --pretrain-lr 1e-3 "
        "--pretrain-matrix-lr 0.004 --batch-size 64 --lr 7e-4 --matrix-lr 0.0014").split()
-
-
-def run(*words):
-    print("\n$ python " + " ".join(map(str, words)), flush=True)
-    subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, check=True)
 
 
 def answer(folder, stage, shots, tasks, config, device, cast):
@@ -49,10 +43,10 @@ def main():
     small, big = (args.out.resolve() / name for name in ("small", "big"))
     for folder, flags in ((small, SMALL), (big, BIG)):
         if not training.finished(folder, "sft"):
-            run("sft.py", "--seed", args.seed, "--out", folder, *flags)
+            commands.python("sft.py", "--seed", args.seed, "--out", folder, *flags)
     for stage in ("reward", "ppo"):
         if not training.finished(small, stage):
-            run(f"{stage}.py", "--seed", args.seed, "--out", small)
+            commands.python(f"{stage}.py", "--seed", args.seed, "--out", small)
 
     config, _ = parse("evaluate", ["--seed", str(args.seed)])
     training.set_up_cpu(config.threads)

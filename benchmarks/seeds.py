@@ -7,12 +7,11 @@ in the README, and writes <out>/evaluation.json: {"mean", "low", "high", "n"} ov
 """
 import argparse
 import json
-import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
+import commands  # noqa: E402
 import evaluate  # noqa: E402
 import training  # noqa: E402
 
@@ -24,10 +23,7 @@ def run(config, seed, folder):
     """The stages that this seed's run lacks, and its evaluation -> what evaluation.json holds."""
     for stage, script, *more in STEPS:
         if not training.finished(folder, stage):
-            words = script, "--config", config, "--seed", str(seed), "--out", str(folder), *more
-            print("\n$ python " + " ".join(words), flush=True)
-            if subprocess.run([sys.executable, *words], cwd=ROOT).returncode:
-                sys.exit(f"error: python {' '.join(words)} failed. The same command goes on from there")
+            commands.python(script, "--config", config, "--seed", seed, "--out", folder, *more)
     return json.loads((folder / "evaluation.json").read_text(encoding="utf8"))
 
 

@@ -52,6 +52,8 @@ def subprocess_of(code, *args, **environment):
 
 def benchmark(name):
     """A file of benchmarks/ as a module."""
+    if str(ROOT / "benchmarks") not in sys.path:
+        sys.path.append(str(ROOT / "benchmarks"))
     spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
     return module

@@ -266,7 +266,7 @@ def test_seeds_give_mean_and_range(tmp_path, monkeypatch):
             for ending in ("pt", "json"):
                 (folder / f"{stage}.{ending}").touch()
         return SimpleNamespace(returncode=0)
-    monkeypatch.setattr(seeds.subprocess, "run", pretend)
+    monkeypatch.setattr(seeds.commands.subprocess, "run", pretend)
     (tmp_path / "seed2").mkdir()
     for ending in ("pt", "json"):
         (tmp_path / "seed2" / f"sft.{ending}").touch()

@@ -1,0 +1,118 @@
+"""The experiments of benchmarks/: what they ask, what they leave alone, and that they go on where they stopped."""
+import json
+from types import SimpleNamespace
+
+import pytest
+from conftest import benchmark
+
+import world
+
+tax, folds, sweep, budgets = map(benchmark, ("tax", "folds", "sweep", "budgets"))
+
+
+# ---------------------------------------------------------------- few-shot tasks, as the documents are written
+def test_a_passage_is_cut_before_its_answer():
+    """Usual mistake: the answer stands in the prompt already, and every model that copies is right."""
+    asked = tax.questions()
+    assert len({text for _, text, _ in asked}) == len(asked) > 900
+    for task, text, answer in asked:
+        begin = task.note[:task.note.rfind(answer)]
+        assert task.split == "test" and text.endswith("\n" + begin.rstrip(" ")), text
+        assert begin and (begin + answer) == task.note[:len(begin + answer)] and not begin.rstrip().endswith(answer)
+
+
+def test_examples_are_training_passages_of_the_same_family():
+    train = {task.note: task for task in world.tasks(1500, "train", 17)}
+    for task, text, _ in tax.questions()[::7]:
+        families = [train[note].family for note in train if note and note in text and train[note].language == task.language]
+        assert families.count(task.family) >= tax.EXAMPLES - 1, text        # two may be the same text
+
+
+def test_only_a_right_answer_goes_on_right():
+    """The reference does, whatever stands behind it; so does another that the judge accepts; a wrong one does not."""
+    asked = tax.questions()
+    assert all(tax.right(asked, [f" {answer} and so on" for _, _, answer in asked]))
+    assert all(tax.right(asked, [f"{answer}\nThe next document" for _, _, answer in asked]))
+    wrong = tax.right(asked, ["xyz"] * len(asked))
+    assert not any(ok for ok, (task, _, _) in zip(wrong, asked))
+    lists = [one for one in asked if one[0].category == "brainstorming" and "\n" not in one[2] and one[0].language == "en"][:5]
+    backwards = [", ".join(reversed(answer.split(", "))) for _, _, answer in lists]
+    assert lists and all(tax.right(lists, backwards))
+
+
+# ---------------------------------------------------------------- folds over labelers
+@pytest.mark.parametrize("people", [5, 6, 7, 11])
+def test_everyone_is_held_out_once_and_never_trains_there(people):
+    """InstructGPT 3.5. Usual mistake: the labelers held out are among those who train."""
+    made = folds.folds(range(people))
+    assert len(made) == 5 and sorted(x for _, outside in made for x in outside) == [*range(people)]
+    assert all(sorted(inside + outside) == [*range(people)] for inside, outside in made)
+
+
+# ---------------------------------------------------------------- one number, several values
+def some_run(tmp_path):
+    run = tmp_path / "tiny"
+    run.mkdir()
+    for name in ("base.pt", "base.json", "sft.pt", "sft.json", "reward.pt", "reward.json", "ppo.pt", "ppo.json",
+                 "tokenizer.json", "corpus-1.npy", "evaluation.json", "comparisons-1.jsonl"):
+        (run / name).write_text(json.dumps({"config": {"seed": 7, "config": "tiny"}}))
+    return run
+
+
+@pytest.mark.parametrize("script, has, lacks", [("ppo.py", "sft.pt reward.pt corpus-1.npy tokenizer.json", "ppo.pt evaluation.json"),
+                                                ("reward.py", "sft.pt base.pt", "reward.pt ppo.pt comparisons-1.jsonl"),
+                                                ("sft.py", "base.pt corpus-1.npy", "sft.pt reward.pt")])
+def test_a_value_starts_from_the_steps_before_and_from_nothing_else(tmp_path, script, has, lacks):
+    """Usual mistakes: the run itself is changed, or the step finds its own result there and is not run at all."""
+    run, folder = some_run(tmp_path), tmp_path / "tiny-x-1"
+    before = {path: path.read_bytes() for path in run.iterdir()}
+    sweep.prepare(run, folder, script)
+    names = {path.name for path in folder.iterdir()}
+    assert names >= {*has.split()} and not names & {*lacks.split()}
+    (folder / "sft.pt").write_text("begun")
+    sweep.prepare(run, folder, script)                      # a second time nothing is overwritten
+    assert (folder / "sft.pt").read_text() == "begun" and before == {path: path.read_bytes() for path in run.iterdir()}
+
+
+def test_code_tasks_are_held_out_programs():
+    tasks = sweep.code_tasks(97)
+    assert len(tasks) == 97 and {t.split for t in tasks} == {"test"} and {t.check[0] for t in tasks} == {"python", "game"}
+
+
+# ---------------------------------------------------------------- more time
+def test_a_fraction_scales_the_work_and_nothing_else():
+    assert budgets.flags("sft", 0.25) == ["--pretrain-steps", "1000", "--demonstrations", "4000"]
+    assert budgets.flags("reward", 2) == ["--prompts", "12000"]
+    assert budgets.flags("ppo", 0.5) == ["--iterations", "20", "--prompts", "3000"]
+
+
+def test_budgets_run_what_is_missing_and_keep_its_minutes(tmp_path, monkeypatch):
+    """A second call runs nothing and gives the same minutes. Usual mistake: they are those of the second call, about 0."""
+    ran, clock = [], iter(range(0, 10 ** 6, 90))
+    estimate = {"mean": 0.5, "low": 0.4, "high": 0.6, "n": 9}
+    report = {"win_rate": {"ppo_vs_sft": {"overall": estimate}}, "kl": {"ppo": estimate},
+              **{key: {stage: {"overall": estimate} for stage in ("sft", "ppo")} for key in ("accuracy", "gold")},
+              "hallucination": {"sft": estimate, "ppo": estimate}}
+
+    def pretend(script, *words):
+        ran.append(script)
+        for ending in ("pt", "json"):
+            (tmp_path / f"{script.removesuffix('.py')}.{ending}").touch()
+        if script == "evaluate.py":
+            (tmp_path / "evaluation.json").write_text(json.dumps(report))
+    monkeypatch.setattr(budgets, "python", pretend)
+    monkeypatch.setattr(budgets, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    for ending in ("pt", "json"):
+        (tmp_path / f"sft.{ending}").touch()
+    (tmp_path / "minutes.json").write_text('{"sft": 4.5}')
+    first = budgets.run(tmp_path, 1, 0.5)
+    assert ran == ["reward.py", "ppo.py", "evaluate.py"] and first["minutes"] == 4.5 + 1.5 + 1.5
+    assert budgets.run(tmp_path, 1, 0.5) == first and len(ran) == 3
+
+
+def test_the_budgets_are_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    keys = ("minutes", "preferred", "sft gold", "ppo gold")
+    rows = [{key: {"mean": m, "low": 0.9 * m, "high": 1.1 * m} for key in keys} for m in (0.3, 0.6)]
+    budgets.draw(rows, tmp_path / "budgets.png")
+    assert (tmp_path / "budgets.png").read_bytes()[:4] == b"\x89PNG"
