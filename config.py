@@ -1,9 +1,6 @@
 """Every number of the project, on one page. A config's fields are a step's flags (`--pretrain-steps 500`); a
 value comes from the command line, else from the preset (`--config tiny`), else from the default here."""
-import difflib
-import os
-import sys
-import textwrap
+import difflib, os, sys, textwrap
 from dataclasses import dataclass, fields
 from math import inf
 
@@ -16,7 +13,7 @@ class UserError(Exception):
 
 @dataclass(frozen=True)
 class CommandConfig:            # what every command understands
-    config: str = "tiny"        # the preset: tiny, small or gpt2
+    config: str = "tiny"        # the preset: tiny, headline, small or gpt2
     seed: int = 1               # data, weights and sampling follow from it
     out: str = ""               # the run's folder; by default runs/<config>, with --data runs/<config>-<file>
     data: str = ""              # your own file instead of the built-in world
@@ -127,8 +124,11 @@ class EvaluateConfig(CommandConfig):  # measuring the stages of a run
     per_category: int = 120     # test prompts of each category
     batch_size: int = 256       # prompts answered side by side
     best_of: int = 4            # best-of-n of the SFT model by the reward model, up to this n; 1 = off
+    full: bool = False          # over-optimisation, few-shot tasks, folds over labelers, a page, as well
+    seeds: int = 1              # the whole recipe with so many seeds, what is missing of it
 
 PRESETS = {"tiny": {},          # preset -> step -> what it changes; tiny: minutes on a laptop CPU
+    "headline": {"sft": dict(n_embd=32, init_std=0.15, pretrain_steps=8000)},   # 0.12 M parameters
     "small": {"sft": dict(      # 11 M parameters: an hour of a GPU
         init_std=0.05, vocab_size=4096, block_size=512, n_layer=6, n_head=6, n_embd=384, pretrain_steps=5000,
         pretrain_batch=32_768, pretrain_lr=1e-3, pretrain_docs=20_000_000, demonstrations=60_000, lr=5e-4)},

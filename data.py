@@ -1,12 +1,6 @@
 """Text <-> tokens <-> batches: tokenizer, prompt template, file formats, masks. Axes: B batch, T tokens."""
 import base64
-import glob
-import gzip
-import json
-import random
-import re
-import runpy
-import zlib
+import glob, gzip, json, random, re, runpy, zlib
 from collections import Counter, defaultdict
 from pathlib import Path
 

@@ -2,15 +2,18 @@
 
     python evaluate.py --config tiny                  the stages that the run has, and best-of-4 of SFT
     python evaluate.py --config tiny --best-of 64     and best-of-16 and best-of-64
+    python evaluate.py --config tiny --full           and the experiments of benchmarks/ on one run: FULL
+    python evaluate.py --config tiny --seeds 3        the recipe three times, mean and range
+    python evaluate.py --config headline              an aligned model against one a hundred times its size
 
 Prints tables in Markdown and writes <run>/evaluation.json; an estimate is always {"mean", "low", "high", "n"},
 with its 95 % interval. Temperature 1, except in the keys that end in _greedy. `base_few_shot` is the pretrained
 model, shown three examples of the category before each question; the others read the bare prompt."""
-import json
-import math
+import json, math, subprocess, sys
 from itertools import product
+from pathlib import Path
 
-from config import PPOConfig, UserError, parse     # before torch: see there
+from config import PPOConfig, parse     # before torch: see there
 import torch
 
 import data
@@ -22,6 +25,7 @@ from training import say
 
 SETS = {"test_phrasing": "_unseen_phrasing", "test_combination": "_unseen_combination", "test": ""}
 FEW_SHOT = "base_few_shot"
+FULL = {"over_optimisation": 3, "tax": 1, "folds": 8, "report": 1}      # minutes on two cores, about
 
 def estimate(values):
     """The mean of n numbers with its 95 % interval: Wilson's for a proportion, the normal one otherwise."""
@@ -154,18 +158,29 @@ def markdown(title, columns, rows):
     lines = [[title, *columns], ["---"] * (len(columns) + 1), *([name, *cells] for name, cells in rows.items())]
     return "\n".join(f"| {' | '.join(line)} |".replace("_", " ") for line in lines)
 
+def benchmark(name, *words):
+    """Runs an experiment of benchmarks/ to its end; exits as it does where it fails."""
+    path = Path(__file__).parent / "benchmarks" / f"{name}.py"
+    if code := subprocess.run([sys.executable, path, *map(str, words)]).returncode:
+        sys.exit(code)
+
 def main():
     config, _ = parse("evaluate", description=__doc__)
     folder, device = training.run_path(config), training.pick_device(config.device)
+    if config.config == "headline":
+        return benchmark("headline", "--seed", config.seed, "--out", folder)
+    if config.seeds > 1:
+        return benchmark("seeds", "--config", config.config, "--seeds", config.seeds, "--out", folder)
     training.set_up_cpu(config.threads)
     cast = training.autocast(device, training.pick_dtype(config.dtype, device)[0])
-    stages = [s for s in training.MADE_BY if training.finished(folder, s)]
-    if not stages:
-        raise UserError(f"{folder} holds no model yet. Train one first: python sft.py --config tiny")
+    stages = [s for s in training.MADE_BY if training.finished(folder, s)] or ["base"]
     report = measure(config, folder, stages, device, cast)
     training.save_atomically(report, folder / "evaluation.json")
     for table in tables(report):
         say("\n" + markdown(*table))
+    for name, minutes in FULL.items() if config.full else ():
+        say(f"\n{name}: about {minutes} of {sum(FULL.values())} minutes")
+        benchmark(name, folder)
     say(f"\n95 % intervals; all numbers: {folder / 'evaluation.json'}; drawn by: python benchmarks/report.py")
 
 if __name__ == "__main__":

@@ -18,11 +18,7 @@ Where this deviates from InstructGPT (Ouyang et al. 2022):
  5. 20,000 episodes, drawn from fewer prompts than that; the paper has 256,000 of 31,000 prompts.
 Axes: B episodes, T tokens (prompt and response), R response tokens, V vocabulary, C channels. Tensors (B,R)
 are padded on the right; values[:, t] is the value of the state BEFORE response token t."""
-import copy
-import math
-import random
-import runpy
-import time
+import copy, math, random, runpy, time
 from dataclasses import asdict
 
 from config import UserError, flag, parse     # before torch: see there

@@ -15,10 +15,7 @@ Where this deviates from InstructGPT (Ouyang et al. 2022):
  3. Some answers are drawn at other temperatures, some are demonstrations; the paper's are several models'.
  4. Trunk and policy have the same size; the paper uses one 6B reward model for all.
 Axes: B batch, T tokens, C channels, N prompts, K completions of one prompt."""
-import copy
-import math
-import random
-import time
+import copy, math, random, time
 from dataclasses import asdict
 from itertools import islice
 

@@ -3,11 +3,7 @@
     python sample.py --prompt "Who likes tea?" --input "Anna likes tea. Ben lives in Oslo." --num-samples 5
     python sample.py --prompt "请生成一个函数，用于计算两个矩阵的乘积" --execute
     python sample.py --rank mine.jsonl --prompts asked.jsonl --num-samples 4 --temperature 1"""
-import contextlib
-import json
-import random
-import re
-import sys
+import contextlib, json, random, re, sys
 
 from config import UserError, parse     # before torch: see there
 import data

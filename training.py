@@ -3,15 +3,7 @@
 A run is a folder. Each stage of it (base, sft, ...) leaves <stage>.pt (weights), <stage>.json (config, time)
 and <stage>.jsonl (an object a step); while it trains, <stage>.state holds all that is needed to go on. Resume
 is exact (same machine and threads): a step depends on weights, optimiser and (seed, stage, step) alone."""
-import contextlib
-import ctypes
-import json
-import math
-import os
-import sys
-import time
-import timeit
-import zlib
+import contextlib, ctypes, json, math, os, sys, time, timeit, zlib
 from collections import namedtuple
 from functools import partial
 from pathlib import Path

@@ -7,9 +7,7 @@ target language. Words, phrasings and mixes stand in `world.json`.
 No prompt is on two sides: a hash of it decides its side. Two more test sets hold what training never shows:
 whole phrasings (the last of each list in `world.json`), and whole combinations (an adjective with a noun, the
 capital of one country, one filter with one map)."""
-import json
-import random
-import re
+import json, random, re
 from collections import namedtuple
 from dataclasses import dataclass, replace
 from functools import partial

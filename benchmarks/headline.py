@@ -1,6 +1,6 @@
 """InstructGPT's headline in small: an aligned model against pretrained ones a hundred times its size.
 
-    python benchmarks/headline.py [--out runs/headline] [--seed 1]
+    python evaluate.py --config headline [--out runs/headline] [--seed 1]
 
 Trains what is missing (every command resumes; about an hour on two cores): a small model through all three
 steps, and a big one through steps 0 and 1. Then all of them answer the same held-out prompts, and the exact
@@ -19,9 +19,9 @@ import evaluate  # noqa: E402
 import training  # noqa: E402
 import world  # noqa: E402
 
-# 0.12 M and 12.4 M parameters, embeddings included. The small one is cheap, so it reads more; the big one has
+# 0.12 M (a preset of config.py) and 12.4 M parameters, embeddings included. The small one is cheap, so it reads more; the big one has
 # the learning rates of its width.
-SMALL = "--n-embd 32 --n-layer 4 --init-std 0.15 --pretrain-steps 8000".split()
+SMALL = "--config", "headline"
 BIG = ("--n-embd 400 --n-layer 6 --n-head 8 --init-std 0.05 --pretrain-steps 3000 --pretrain-lr 1e-3 "
        "--pretrain-matrix-lr 0.004 --batch-size 64 --lr 7e-4 --matrix-lr 0.0014").split()
 

@@ -1,6 +1,6 @@
 """The whole recipe with several seeds: mean, lowest and highest of every number that evaluate.py gives.
 
-    python benchmarks/seeds.py [--config tiny] [--seeds 3] [--out runs/tiny]
+    python evaluate.py --config tiny --seeds 3 [--out runs/tiny]
 
 Runs what is missing of it, in runs/<config>/seed<S>/ (a stopped run goes on), prints the tables as they stand
 in the README, and writes <out>/evaluation.json: {"mean", "low", "high", "n"} over the seeds.

@@ -67,7 +67,7 @@ def test_what_is_unusual_but_works(step, argv, field, value):
     ("sft", ["--batchsize", "5"], ["--batch-size"]),
     ("sample", ["--temprature", "1"], ["--temperature", "python sample.py --help"]),
     ("sft", ["tiny"], ["tiny"]),
-    ("sft", ["--config", "tinny"], ["tinny", "tiny, small, gpt2", "Did you mean tiny?"]),
+    ("sft", ["--config", "tinny"], ["tinny", "tiny, headline, small, gpt2", "Did you mean tiny?"]),
     ("sft", ["--config"], ["--config"]),                                            # no value
     ("sft", ["--pretrain-steps", "many"], ["--pretrain-steps", "int", "many"]),
     ("sft", ["--lr", "fast"], ["--lr", "float"]),

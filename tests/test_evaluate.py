@@ -275,3 +275,28 @@ def test_seeds_give_mean_and_range(tmp_path, monkeypatch):
     assert found["loss"] == found["accuracy"]["sft"]["overall"]
     whole = ["sft.py", "reward.py", "ppo.py", "ppo.py", "evaluate.py"]
     assert ran == whole + whole[1:] + whole
+
+
+@pytest.mark.parametrize("flags, wanted", [
+    (["--config", "headline", "--seed", 5], [["headline.py", "--seed", "5", "--out", "FOLDER"]]),
+    (["--seeds", 3], [["seeds.py", "--config", "tiny", "--seeds", "3", "--out", "FOLDER"]]),
+    (["--full"], [[f"{name}.py", "FOLDER"] for name in ("over_optimisation", "tax", "folds", "report")])])
+def test_the_experiments_that_it_runs(flags, wanted, evaluated, run, monkeypatch):
+    """Each on the folder that was asked for; --full after the evaluation, whose file the experiments add to."""
+    (report, _, folder), ran = evaluated, []
+
+    def pretend(words):
+        assert words[1].exists() and (folder / "evaluation.json").exists()
+        ran.append([words[1].name, *words[2:]])
+        return SimpleNamespace(returncode=0)
+    monkeypatch.setattr(evaluate.subprocess, "run", pretend)
+    monkeypatch.setattr(evaluate, "measure", lambda *given: report)
+    done = run("evaluate", "--out", folder, "--threads", 2, "--dtype", "fp32", *flags)
+    assert done.code == 0 and ran == [[word.replace("FOLDER", str(folder)) for word in words] for words in wanted], done.out
+    monkeypatch.setattr(evaluate.subprocess, "run", lambda words: SimpleNamespace(returncode=3))
+    assert run("evaluate", "--out", folder, "--threads", 2, "--dtype", "fp32", *flags).code == 3    # a failure is not hidden
+
+
+def test_what_full_runs_is_there():
+    for name in evaluate.FULL:
+        assert callable(benchmark(name).main)
