@@ -1,12 +1,11 @@
 """The built-in data set: instructions with exact answers, the people who answer them, and the judge.
 
-Made from a seed, without a download. Each task has a `check` that decides exactly whether an answer is right.
-Hence only those categories of InstructGPT's Table 1 that can be judged so; English and Chinese, French as a
-target language. Words, phrasings and mixes stand in `world.json`.
+Made from a seed, without a download; words, phrasings and mixes stand in `world.json`. Each task has a `check`
+that decides exactly whether an answer is right: hence only those categories of InstructGPT's Table 1 that can be
+judged so, in English and Chinese, with French as a target language.
 
-No prompt is on two sides: a hash of it decides its side. Two more test sets hold what training never shows:
-whole phrasings (the last of each list in `world.json`), and whole combinations (an adjective with a noun, the
-capital of one country, one filter with one map)."""
+A hash decides which side a prompt is on. Two more test sets hold what training never shows: whole phrasings (the
+last of each list) and combinations (an adjective and a noun, a country's capital, one filter and one map)."""
 import json, random, re
 from collections import namedtuple
 from dataclasses import dataclass, replace
@@ -32,6 +31,7 @@ LIKED = {lang: FRUITS[lang] + DRINKS[lang] + SPORTS[lang] for lang in LISTS}
 POOLS = dict(name=NAMES, city=CITIES, by=TRANSPORT, likes=LIKED, job=JOBS, fruit=FRUITS, sport=SPORTS)
 STOP, COMMA, QUOTED, SPACE, AND, REFUSAL = WORDS["marks"].values()      # {"en": ".", "zh": "。"} ...
 HABITS, GRAMMAR = WORDS["habits"], WORDS["grammar"]
+BEFORE_VOWEL = re.compile(rf"\b({'|'.join(GRAMMAR['before_vowel'])}) (?=[aeiouâéê])")
 
 def noun_phrase(lang, noun, adjective=None, article="the"):
     """A noun phrase: an old hat | le vieil arbre, une clé lourde, l'ours | 一顶旧帽子 (with a measure word)."""
@@ -40,13 +40,12 @@ def noun_phrase(lang, noun, adjective=None, article="the"):
     if adjective:
         words.insert(lang == "fr" and adjective["place"] == "after", adjective[column])
     phrase = GRAMMAR["article"][column][article].format(**noun) + SPACE[lang].join(words)
-    short = GRAMMAR["before_vowel"]
-    return re.sub(rf"\b({'|'.join(short)}) (?=[aeiouâéê])", lambda match: short[match[1]], phrase)
+    return BEFORE_VOWEL.sub(lambda match: GRAMMAR["before_vowel"][match[1]], phrase)
 
 english, french, chinese = (partial(noun_phrase, lang) for lang in ("en", "fr", "zh"))
 SENTENCE = {lang: GRAMMAR["sentence"][lang].format(*(       # a regular expression
     "|".join(row[c] for row in rows for c in columns if c in row) for rows in (ADJECTIVES, NOUNS, VERBS)))
-    for lang, columns in {"en": ("en", "past"), "zh": ("zh",)}.items()}
+    for lang, columns in {"en": ("en", "en_past"), "zh": ("zh",)}.items()}
 
 # ------------------------------------------------------------------------ tasks
 @dataclass(frozen=True)
@@ -66,6 +65,8 @@ class Task:
     unseen_phrasing: bool = False
     combinations: tuple = ()        # what it combines; one in eight of a family's combinations is held out
     note: str = ""                  # the same knowledge, as a passage of a document
+    parts = property(lambda self: (self.instruction, self.input, self.history))     # what a prompt is made of
+    answerable = property(lambda self: self.check[0] != "refuse")   # False where the text does not tell
 
     @property
     def prompt(self):
@@ -73,23 +74,13 @@ class Task:
         return "\n".join(sum(self.history, ()) + (self.instruction, self.input)).strip()
 
     @property
-    def parts(self):
-        """(instruction, input, history), as the prompt template takes them."""
-        return self.instruction, self.input, self.history
-
-    @property
     def split(self):
         """The one split it belongs to; "" for a task that is unseen in two ways."""
         if self.instruction in SHOWN:           # is never trained on
             return "test"
-        unseen = self.unseen_phrasing, held_out(self.family, *self.combinations)
         by_hash = {0: "test", 1: "test", 2: "val"}.get(crc32(self.prompt.encode()) % 20, "train")
-        return {(0, 0): by_hash, (1, 0): "test_phrasing", (0, 1): "test_combination"}.get(unseen, "")
-
-    @property
-    def answerable(self):
-        """False where the text does not tell the answer: what hallucination is measured on."""
-        return self.check[0] != "refuse"
+        unseen = self.unseen_phrasing + 2 * held_out(self.family, *self.combinations)
+        return (by_hash, "test_phrasing", "test_combination", "")[unseen]
 
 def held_out(family, *combinations):
     """Is one of these combinations kept from training?"""
@@ -127,12 +118,11 @@ def translation(r, lang):
 
 def rewriting(r, lang):
     """Past tense, the opposite adjective, a list backwards, subject and object exchanged (English only)."""
-    how, (label, template, phrasings) = r.choice(tuple(WORDS["rewriting"].items()))
+    how, label, template, phrasings = r.choice(WORDS["rewriting"])
     (noun, noun2), verb = r.sample(NOUNS, 2), r.choice(VERBS)
     adjective = r.choice([a for a in ADJECTIVES if a["opposite"] != "-"])
-    words = verb | {"first": english(noun, adjective), "second": english(noun2),
-                    "opposite": english(noun, {"en": adjective["opposite"]})}
-    source, output = "{first} {en} {second}".format(**words), template.format(**words)
+    words = adjective | verb | dict(noun=noun["en"], first=english(noun, adjective), second=english(noun2))
+    source, output = "{first} {en} {second}".format(**words), template.format(**words)   # en: the verb
     if how == "reverse":
         words = [n["en"] for n in r.sample(NOUNS, r.randint(3, 5))]
         source, output = " ".join(words), " ".join(reversed(words))
@@ -152,32 +142,31 @@ def sentence(r, lang):
                  check=("pattern", "".join(f"(?=.*{w})" for w in words) + SENTENCE[lang]))
 
 def _python(r, lang, words, what, arguments, value, *combinations):
-    """A task whose answer is a function; its tests call it `_f`, whatever name it was given."""
+    """A task whose answer is a function; its tests call it `_f`, whatever its name. Our own needs no sandbox."""
     name = r.choice("g total compute solve process result apply work answer".split())
     asked, tests = _ask(r, words["prompts"][lang], what=what, name=name), words["tests"][arguments]
     named = re.search(rf"called {name}|`{name}`|名为{name}", asked[0])
     code, printed = f"def {name if named else 'f'}({arguments}):\n    return {value}", []
-    # what the reference prints needs no sandbox: we wrote it
-    exec("\n".join((code, WORDS["last_function"], tests)), {"print": lambda x: printed.append(str(x))})
+    exec(tests, {"_f": eval(f"lambda {arguments}: {value}"), "print": lambda x: printed.append(str(x))})
     return _task("generation", lang, asked, code, *combinations, form=("named", name) if named else (),
                  check=("python", (tests, "\n".join(printed))), note=f"# {what}\n{code}")
 
 def list_function(r, lang):
     """Python that filters, maps and folds a list: thousands of functions from three short tables."""
-    words, column = WORDS["list_function"], ("en", "zh").index(lang)
+    words = WORDS["list_function"]
     chosen = [r.choice(words[part]) for part in ("filters", "maps", "totals")]
-    k, m = r.randint(2, 9), r.randint(2, 9)
-    steps = [step[column].format(k=k, m=m) for step in chosen if step[column]]
-    keep, change, fold = (step[2].format("{}", k=k, m=m) for step in chosen)
-    value = fold.format(f"{change} for x in xs" + (f" if {keep}" if keep else ""))
-    what = words["takes"][lang] + " and ".join({"en": ", ", "zh": "，"}[lang].join(steps).rsplit(", ", 1))
-    return _python(r, lang, words, what, "xs", value, "/".join(step[0] for step in chosen))
+    numbers = {"k": r.randint(2, 9), "m": r.randint(2, 9)}
+    steps = {"en": ", ", "zh": "，"}[lang].join(step[lang] for step in chosen if step[lang]).format(**numbers)
+    keep, change, fold = (step["python"] for step in chosen)
+    value = fold.format(f"{change} for x in xs{keep}".format(**numbers))
+    what = words["takes"][lang] + " and ".join(steps.rsplit(", ", 1))       # no ", " in Chinese
+    return _python(r, lang, words, what, "xs", value, "/".join(step["en"] for step in chosen))
 
 def matrix_function(r, lang):
     """Matrices as lists of rows. There are few such functions: this family has fewer than 2,000 prompts."""
-    en, zh, arguments, value = r.choice(WORDS["matrix_function"]["functions"])
-    m, what = r.randint(2, 9), {"en": en, "zh": zh}[lang]
-    return _python(r, lang, WORDS["matrix_function"], what.format(m=m), arguments, value.format(m=m))
+    words = WORDS["matrix_function"]
+    one, m = r.choice(words["functions"]), r.randint(2, 9)
+    return _python(r, lang, words, one[lang].format(m=m), one["arguments"], one["python"].format(m=m))
 
 def guessing_game(r, lang):
     """A program that reads guesses until one is right. It is played, upwards and downwards."""
@@ -191,25 +180,25 @@ def guessing_game(r, lang):
 
 def fact_question(r, lang):
     """What the documents say of countries. The facts held out are asked in no demonstration."""
-    relation, (known, asked, phrasings, full) = r.choice(tuple(WORDS["facts"][lang].items()))
+    relation, _, asked, phrasings, full = r.choice(WORDS["facts"][lang])
     row = r.choice(COUNTRIES)
-    full, short = full.format(a=row[known], b=row[asked]), row[asked] + STOP[lang]
-    instruction, unseen = _ask(r, phrasings, a=row[known])
-    form, demand = r.choice(tuple(WORDS["fact_forms"][lang].items()))
-    note = full if r.random() < 0.6 else f"{r.choice(phrasings[:-1]).format(a=row[known])} - {short}"
+    full, short = full.format(**row), row[asked] + STOP[lang]
+    instruction, unseen = _ask(r, phrasings, **row)
+    form, demand = r.choice(WORDS["fact_forms"][lang])
+    note = full if r.random() < 0.6 else f"{r.choice(phrasings[:-1]).format(**row)} - {short}"
     return _task("open_qa", lang, (instruction + demand, unseen), full if form == "full_sentence" else short,
                  f"{relation} {row['country']}", check=("answer", [row[asked], full]), note=note,
                  form=(form, "") if form else ())
 
 def follow_up(r, lang):
     """The question of the turn before, asked of another country."""
-    relation, (known, asked, phrasings, full) = r.choice(tuple(WORDS["facts"][lang].items()))
+    relation, known, asked, phrasings, full = r.choice(WORDS["facts"][lang])
     row, again = r.choice(COUNTRIES), WORDS["follow_up"][lang]
     before = r.choice([country for country in COUNTRIES if country is not row])
-    first, reply = r.choice(phrasings[:-1]).format(a=before[known]), before[asked] + STOP[lang]
-    output, full = row[asked] + STOP[lang], full.format(a=row[known], b=row[asked])
+    first, reply = r.choice(phrasings[:-1]).format(**before), before[asked] + STOP[lang]
+    output = row[asked] + STOP[lang]
     return _task("chat", lang, _ask(r, again, a=row[known]), output, f"{relation} {row['country']}",
-                 check=("answer", [row[asked], full]), history=((first, reply),),
+                 check=("answer", [row[asked], full.format(**row)]), history=((first, reply),),
                  note=f"{first} - {reply} {again[0].format(a=row[known])} - {output}")
 
 def remember(r, lang):
@@ -217,20 +206,19 @@ def remember(r, lang):
     told, me = WORDS["remember"][lang], _fill(r, lang, "name city likes job")
     topics = r.sample(tuple(told), r.choice((2, 2, 3)))
     asked = r.choice(topics)
-    history = tuple(tuple(text.format(v=me[t]) for text in told[t][:2]) for t in topics)
-    phrasings, output = told[asked][2], told[asked][3].format(v=me[asked])
+    history = tuple(tuple(text.format(**me) for text in told[topic][:2]) for topic in topics)
+    phrasings, output = told[asked][2], told[asked][3].format(**me)
     note = " ".join(f"{user} - {reply}" for user, reply in (*history, (phrasings[0], output)))
     return _task("chat", lang, _ask(r, phrasings), output, " ".join(topics) + " > " + asked,
                  check=("answer", [output, me[asked]]), history=history, note=note)
 
 def brainstorm(r, lang):
-    """So many members of a class, all different, perhaps without one of them, in a demanded form."""
+    """Some members of a class, perhaps without one, in a demanded form. In one order, so that none comes twice."""
     what, n, form = r.choice(tuple(LISTS[lang])), r.randint(2, 4), r.choice(("commas", "lines", "numbered"))
     members, words, count = LISTS[lang][what], WORDS["brainstorm"], NUMBERS[lang][n - 2]
     excluded = r.sample(members, r.choice((0, 0, 0, 1)))
-    chosen = r.sample([member for member in members if member not in excluded], n)
-    chosen.sort(key=members.index)              # in one order: so nobody writes a thing twice
-    but, demand = words["but"][lang].format(*excluded) if excluded else "", words[form][lang]
+    chosen = sorted(r.sample([member for member in members if member not in excluded], n), key=members.index)
+    but, demand = "".join(map(words["but"][lang].format, excluded)), words[form][lang]
     output = {"commas": COMMA[lang].join(chosen) + STOP[lang], "lines": "\n".join(chosen),
               "numbered": "\n".join(f"{i}. {member}" for i, member in enumerate(chosen, 1))}[form]
     asked = _ask(r, words[lang], n=count, what=what, but=but, form=demand)
@@ -239,9 +227,8 @@ def brainstorm(r, lang):
 
 def summary(r, lang):
     """A trip told in five or six sentences; the summary says who went where, how, and what they saw."""
-    noun, adjective, verb = r.choice(NOUNS), r.choice(ADJECTIVES), r.choice(VERBS[:6])
-    words = _fill(r, lang, "name city by") | {"thing": noun_phrase(lang, noun, adjective, "a"),
-                                              "saw": verb["past"] if lang == "en" else verb["zh"] + "了"}
+    words = {"thing": noun_phrase(lang, r.choice(NOUNS), r.choice(ADJECTIVES), "a"),
+             "saw": r.choice(VERBS[:6])[f"{lang}_past"]} | _fill(r, lang, "name city by")
     *told, asides, whole, in_short = WORDS["trip"][lang]
     goes, takes, sees = (r.choice(part).format(**words) for part in told)
     aside, output = r.sample(asides, r.randint(2, 3)), whole.format(**words)
@@ -255,30 +242,30 @@ def summary(r, lang):
 def sentiment(r, lang):
     """Two clauses, each good or bad; one of each makes a mixed review."""
     words, moods = WORDS["review"][lang], [r.choice(("good", "bad")) for _ in range(2)]
-    how, mixed = [r.choice(words[mood].split()) for mood in moods], moods[0] != moods[1]
-    clauses = map(words["clause"].format, r.sample(words["things"].split(), 2), how)
-    text = words["but" if mixed else "and"].join(clauses).capitalize() + STOP[lang]
-    label = words["labels"].split()[2 if mixed else moods[0] == "bad"]
+    how = [r.choice(words[mood]) for mood in moods]
+    joint, label = words[f"both {moods[0]}" if moods[0] == moods[1] else "mixed"]
+    text = joint.join(map(words["clause"].format, r.sample(words["things"], 2), how)).capitalize() + STOP[lang]
     return _task("classification", lang, _ask(r, WORDS["sentiment"][lang]), label, " ".join(sorted(how)),
                  text=text, note=f"{text} ({label})")
 
 def topic(r, lang):
     """One sentence about one of four topics."""
-    label, sentences = r.choice(tuple(WORDS["topics"][lang].items()))
+    label, sentences = r.choice(WORDS["topics"][lang])
     text = r.choice(sentences).format(**_fill(r, lang, "name city by job fruit sport"))
     return _task("classification", lang, _ask(r, WORDS["topic"][lang]), label, text=text,
                  note=f"{text} ({label})")
 
-def _question(r, lang, facts, told=0.5):
-    """A question, P(answerable) = told -> (question, unseen phrasing?, right answers, name, relation)."""
+def _question(r, lang, text, facts, made_up, told=0.5):
+    """A question about a text and the facts in it, with probability `told` one that they answer."""
     people, told = WORDS["people"][lang], r.random() < told
     name, relation, value = r.choice(facts)
     about = 1 if not told or r.random() < 0.75 else 2           # of the person, or "who ...?"
-    answers = [people[relation][0].format(name=name, v=value), value if about == 1 else name]
     if not told:                                # about somebody in the text, but of nobody is this told
         relation = r.choice([what for what in people if what not in {fact[1] for fact in facts}])
-        answers = [REFUSAL[lang]]
-    return *_ask(r, people[relation][about], name=name, v=value), answers, name, relation
+    answer = people[relation][0].format(name=name, v=value if told else made_up[relation][-1])
+    check = ("answer", [answer, value if about == 1 else name]) if told else ("refuse", answer)
+    return _task("closed_qa", lang, _ask(r, people[relation][about], name=name, v=value),
+                 answer if told else REFUSAL[lang], f"{name} {relation}", text=text, check=check)
 
 def reading(r, lang):
     """Closed QA: one fact of a short text about two or three people; one text in three does not tell it."""
@@ -286,31 +273,25 @@ def reading(r, lang):
     values = {"has": [noun_phrase(lang, noun, r.choice(ADJECTIVES), "a") for noun in r.sample(NOUNS, 5)]}
     values |= {relation: r.sample(POOLS[relation][lang], 5) for relation in ("city", "likes", "job")}
     names, told = r.sample(NAMES[lang], 3), r.sample(tuple(people), r.randint(2, 3))
-    cells = [(r.choice(names[:2]), relation) for relation in told]
-    cells += [(names[2], told[0])] if r.random() < 0.25 else []     # one thing is told of two people
-    facts = [(name, relation, values[relation].pop()) for name, relation in cells]
+    facts = [(r.choice(names[:2]), relation, values[relation].pop()) for relation in told]
+    facts += [(names[2], told[0], values[told[0]].pop())] if r.random() < 0.25 else []  # told of two people
     r.shuffle(facts)
     text = SPACE[lang].join(people[relation][0].format(name=name, v=v) for name, relation, v in facts)
-    question, hidden, answers, name, relation = _question(r, lang, facts, 0.67)
-    instruction, unseen = _ask(r, WORDS["reading"][lang], q=question)
-    made_up = people[relation][0].format(name=name, v=values[relation].pop())
-    # a document asks four questions of its text: looking up is learnt from many look-ups
-    asked = [_question(r, lang, facts) for _ in range(4)]
-    note = [text] + [f"{question} {right[0]}" for question, hidden, right, *about in asked
-                     if not hidden and not held_out("reading", " ".join(about))]
-    check = ("refuse", made_up) if REFUSAL[lang] in answers else ("answer", answers)
-    return _task("closed_qa", lang, (instruction, hidden or unseen), answers[0], f"{name} {relation}",
-                 text=text, check=check, note=" ".join(note))
+    task = _question(r, lang, text, facts, values, 0.67)
+    instruction, unseen = _ask(r, WORDS["reading"][lang], q=task.instruction)
+    asked = [_question(r, lang, text, facts, values) for _ in range(4)]     # learnt from many look-ups
+    note = [f"{other.instruction} {other.output}" for other in asked
+            if not other.unseen_phrasing and not held_out("reading", *other.combinations)]
+    return replace(task, instruction=instruction, unseen_phrasing=task.unseen_phrasing or unseen,
+                   note=" ".join([text, *note]))
 
 def extraction(r, lang):
     """All names, cities or fruits of a text, in their order."""
-    n, (what, (heading, phrasings)) = r.randint(2, 3), r.choice(tuple(WORDS["extraction"][lang].items()))
-    found = {"names": r.sample(NAMES[lang], n), "cities": r.sample(CITIES[lang], n),
-             "fruits": r.sample(FRUITS[lang], n)}
-    text = SPACE[lang].join(r.choice(WORDS["visits"][lang]).format(name=name, city=city, fruit=fruit)
-                            for name, city, fruit in zip(*found.values()))
-    output = COMMA[lang].join(found[what])
-    return _task("extract", lang, _ask(r, phrasings), output, f"{what} {n} {found['names'][0]}", text=text,
+    n, (what, kind, heading, phrasings) = r.randint(2, 3), r.choice(WORDS["extraction"][lang])
+    found = {kind: r.sample(POOLS[kind][lang], n) for kind in ("name", "city", "fruit")}
+    text = SPACE[lang].join(r.choice(WORDS["visits"][lang]).format(*visit) for visit in zip(*found.values()))
+    output = COMMA[lang].join(found[kind])
+    return _task("extract", lang, _ask(r, phrasings), output, f"{what} {n} {found['name'][0]}", text=text,
                  note=f"{text} {heading}: {output}{STOP[lang]}")
 
 FAMILIES = {category: {globals()[name]: weight for name, weight in families.items()}     # within the category
@@ -323,8 +304,7 @@ def draw(r, category):
     return replace(family(r, "zh" if r.random() < CHINESE else "en"), family=family.__name__)
 
 def tasks(n, split="train", seed=0, categories=CATEGORIES):
-    """n tasks of one split with n different prompts, from the categories in turn, but for those that are used
-    up (open_qa has about 1,500 to train on); ValueError where all are."""
+    """n tasks of a split, no prompt twice, of the categories in turn while they last; ValueError if none does."""
     r, found, left, misses = random.Random(f"tasks {seed} {split}"), {}, list(categories), 0
     while left and len(found) < n:
         category, misses = left[len(found) % len(left)], misses + 1
@@ -352,34 +332,32 @@ def prose(split="train"):
     shared = {line for passage in passages["val"] for line in passage if len(line) > 30}
     return ["\n".join(p).strip() for p in passages[split] if split == "val" or not shared.intersection(p)]
 
-def recital(r):
-    """A list read out again, or pairs in other orders: pure practice in looking things up in the context."""
-    lang = "zh" if r.random() < CHINESE else "en"
-    words = NAMES[lang] + CITIES[lang] + LIKED[lang] + JOBS[lang] + [w[lang] for w in NOUNS + ADJECTIVES]
-    n, times = r.randint(3, 6), r.randint(4, 8)
-    if r.random() < 0.6:
-        lines = [(SPACE[lang] or "、").join(r.sample(words, r.randint(3, 9)))] * times
-    else:
-        pairs, lines = list(zip(r.sample(words, n), r.sample(words, n))), []
-        for _ in range(times):
-            r.shuffle(pairs)
-            lines.append(COMMA[lang].join(SPACE[lang].join(pair) for pair in pairs))
-    read, again = WORDS["recital"][lang]
-    return "\n".join((again if i else read) + line + STOP[lang] for i, line in enumerate(lines))
-
-def recitals(seed=0):
-    """Endless lists and registers, to begin with: see sft.py, deviation 5."""
-    r = random.Random(f"recitals {seed}")
-    return iter(lambda: recital(r), None)
+def recitals(seed=0, r=None):
+    """Endless lists and registers, read out again: to learn looking up, to begin with; see sft.py, deviation 5."""
+    r = r or random.Random(f"recitals {seed}")
+    while True:
+        lang = "zh" if r.random() < CHINESE else "en"
+        words = NAMES[lang] + CITIES[lang] + LIKED[lang] + JOBS[lang] + [w[lang] for w in NOUNS + ADJECTIVES]
+        n, times = r.randint(3, 6), r.randint(4, 8)
+        if r.random() < 0.6:
+            lines = [(SPACE[lang] or "、").join(r.sample(words, r.randint(3, 9)))] * times
+        else:
+            pairs, lines = list(zip(r.sample(words, n), r.sample(words, n))), []
+            for _ in range(times):
+                r.shuffle(pairs)
+                lines.append(COMMA[lang].join(SPACE[lang].join(pair) for pair in pairs))
+        read, again = WORDS["recital"][lang]
+        yield read + f"{STOP[lang]}\n{again}".join(lines) + STOP[lang]
 
 def documents(seed=0, split="train"):
     """Endless unlabelled text: a few passages of one kind, one below the other; now and then prose."""
     r, passages = random.Random(f"documents {seed} {split}"), prose(split)
+    lists = recitals(r=r)
     while True:
         if r.random() < PROSE_SHARE:
             yield r.choice(passages)
         elif r.random() < LIST_SHARE:
-            yield recital(r)
+            yield next(lists)
         else:
             category = r.choices(tuple(DOCUMENT_MIX), DOCUMENT_MIX.values())[0]
             drawn = [draw(r, category) for _ in range(r.randint(2, 6))]
@@ -441,9 +419,19 @@ def _items(core):
     parts = core.splitlines() if "\n" in core else re.split(r", |、", core)
     return [_normal(re.sub(r"^\d+\. ", "", part.strip())) for part in parts]
 
-def _right(task, core, runs):
-    """Is the answer itself right? `runs`: what the sandbox says of its code."""
+def _programs(task, core):
+    """What must be run to judge an answer: [(code, stdin)]. A game's secret is the highest number, approached
+    upwards; then the lowest, approached downwards."""
     kind, data = task.check
+    if kind != "game":
+        return [(WORDS["tested"].format(core, data[0]), "")] if kind == "python" else []
+    numbers = [str(i) for i in range(data[0], data[1] + 1)]
+    return [(f"import random\nrandom.randint = lambda a, b: {secret}\n{core}", "\n".join(guesses))
+            for secret, guesses in (("b", numbers), ("a", numbers[::-1]))]
+
+def _right(task, core, runs):
+    """Is the answer itself right? runs: {program: what the sandbox says of it}."""
+    (kind, data), found = task.check, [runs[program] for program in _programs(task, core)]
     if kind in ("answer", "refuse"):
         return _normal(core) in map(_normal, data if task.answerable else [REFUSAL[task.language]])
     if kind == "pattern":
@@ -452,11 +440,10 @@ def _right(task, core, runs):
         items, allowed = _items(core), {_normal(m) for m in LISTS[task.language][data[0]] if m not in data[1]}
         return len(set(items)) == len(items) and allowed.issuperset(items)
     if kind == "python":
-        return runs[0].ok and runs[0].stdout.strip() == data[1]
-    low, high, *words = data                    # a game: words are "too low", "too high"; see _programs
-    said = [run.stdout.splitlines() for run in runs]
-    return (all(run.ok for run in runs) and said[0][-1:] == said[1][-1:] != []
-            and [lines[:-1] for lines in said] == [[word] * (high - low) for word in words])
+        return found[0].ok and found[0].stdout.strip() == data[1]
+    low, high, *words = data                    # a game: words are "too low", "too high"; any may say "right"
+    said = [run.stdout.splitlines() for run in found]
+    return all(run.ok for run in found) and said == [[word] * (high - low) + said[0][-1:] for word in words]
 
 def _kept(task, core):
     """Is the demanded form kept? True where none was demanded."""
@@ -473,37 +460,25 @@ def _kept(task, core):
             "one_word": lambda: len(lines) == 1 and " " not in plain and len(core) <= 12,
             "full_sentence": lambda: core.endswith(stop) and plain != _normal(task.check[1][0])}[form]()
 
-def _supported(task, core, right):
+def _supported(task, core):
     """Does it state only what the text contains?"""
     if not task.input or task.category in ("classification", "rewrite"):
         return True
     if task.category == "closed_qa":            # anything but the answer or a refusal is made up
-        return right or _normal(core) == _normal(REFUSAL[task.language])
+        return _right(task, core, {}) or _normal(core) == _normal(REFUSAL[task.language])
     lang, text = task.language, task.input
     pool = [w[lang] for w in NOUNS + ADJECTIVES] + NAMES[lang] + CITIES[lang] + FRUITS[lang] + TRANSPORT[lang]
     if lang == "en":
         core, text = re.findall(r"\w+", core), re.findall(r"\w+", text)
     return all(word in text for word in pool if word in core)
 
-def _programs(task, core):
-    """What must be run to judge an answer: [(code, stdin)]."""
-    kind, data = task.check
-    if kind != "game":
-        return [("\n".join((core, WORDS["last_function"], data[0])), "")] if kind == "python" else []
-    numbers = [str(i) for i in range(data[0], data[1] + 1)]
-    # the secret is the highest number, approached upwards; then the lowest, downwards
-    return [(f"import random\nrandom.randint = lambda a, b: {secret}\n{core}", "\n".join(guesses))
-            for secret, guesses in (("b", numbers), ("a", numbers[::-1]))]
-
 def judge_many(tasks, answers, stopped=None):
     """The verdicts on many answers; their programs run side by side. stopped: bools; by default all True."""
     cores = [strip_habits(answer) for answer in answers]
-    programs = [_programs(task, core) for task, (core, _) in zip(tasks, cores)]
-    distinct = list(dict.fromkeys(program for needed in programs for program in needed))
-    runs = dict(zip(distinct, sandbox.run_many(distinct)))
-    return [Verdict(right := _right(task, core, [runs[program] for program in needed]), _kept(task, core),
-                    _supported(task, core, right), ended, plain) for task, (core, plain), needed, ended
-            in zip(tasks, cores, programs, stopped or [True] * len(cores))]
+    programs = {program: None for task, (core, _) in zip(tasks, cores) for program in _programs(task, core)}
+    runs = dict(zip(programs, sandbox.run_many(list(programs))))        # equal ones run once
+    return [Verdict(_right(task, core, runs), _kept(task, core), _supported(task, core), ended, plain)
+            for task, (core, plain), ended in zip(tasks, cores, stopped or [True] * len(cores))]
 
 def judge(task, answer, stopped=True):
     """The verdict on one answer to a task."""
