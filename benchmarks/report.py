@@ -47,6 +47,17 @@ def draw(report):
     return drawn.getvalue()
 
 
+def experiments(report):
+    """What tax.py and folds.py have added to the report, as evaluate.tables has it -> [(title, columns, {row: [str]})]"""
+    if tasks := report.get("few_shot_tasks"):
+        yield "few-shot tasks, %", ["overall", *evaluate.world.CATEGORIES], {
+            stage: [evaluate.cell(e, 100, int(name == "overall"), name == "overall") for name, e in row.items()]
+            for stage, row in tasks.items()}
+    if folds := report.get("labeler_folds"):
+        yield f"reward model, {len(folds)} folds over labelers", ["accuracy, %"], {
+            name.replace("_", " "): [evaluate.cell(evaluate.estimate([fold[name] for fold in folds]))] for name in folds[0]}
+
+
 def page(report):
     """report.html: tables, figures and answers in one file that needs no other."""
     parts = ["<!doctype html><meta charset=utf-8><title>What each step bought</title><style>body{font:15px/1.5 "
@@ -55,7 +66,7 @@ def page(report):
     parts.append('<img alt="gold and proxy against KL; win rates" src="data:image/png;base64,'
                  + base64.b64encode(draw(report)).decode() + '">')
     answers = {row["prompt"]: list(row.values())[1:] for row in report["answers"]}
-    for title, columns, rows in (*evaluate.tables(report), ("ten prompts, greedy", list(report["answers"][0])[1:], answers)):
+    for title, columns, rows in (*evaluate.tables(report), *experiments(report), ("ten prompts, greedy", list(report["answers"][0])[1:], answers)):
         lines = [[title, *columns], *([name, *cells] for name, cells in rows.items())]
         parts.append("<table>" + "".join("<tr><td>" + "<td>".join(map(html.escape, line)) for line in lines) + "</table><hr>")
     return "\n".join(parts)

@@ -182,6 +182,9 @@ def test_the_page_needs_nothing_else(evaluated):
     report, (found, _, _) = benchmark("report"), evaluated
     text = report.page(found)
     assert 'src="data:image/png;base64,' in text and "http" not in text
+    more = {"few_shot_tasks": {"base": found["accuracy"]["sft"]}, "labeler_folds": [{"own_labelers": 0.7}, {"own_labelers": 0.72}]}
+    whole = report.page(found | more)
+    assert "few-shot tasks" not in text and "few-shot tasks" in whole and "71.0 (" in whole and "own labelers" in whole
     assert len(found["answers"]) == 10 and all(set(row) == {"prompt", *ROWS} for row in found["answers"])
     answers = [{**row, "sft": "<script>alert(1)</script>"} for row in found["answers"]]
     text = report.page(found | {"answers": answers})
