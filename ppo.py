@@ -258,8 +258,8 @@ def health(row, past):
          "--max-new-tokens, lower --unfinished-score"),
         (not 0.6 <= row["length"] / first["length"] <= 1.6, "answers have {length:.0f} tokens now: does "
          "the reward pay for length? See length_correlation in reward.json, raise --beta"),
-        (len(past) >= 5 and row["explained_variance"] < 0, "explained variance {explained_variance:.2f}: "
-         "the value model is worse than a constant. Raise --value-lr"),
+        (len(past) >= 5 and max(r["explained_variance"] for r in [*past[-2:], row]) < 0, "explained variance "
+         "{explained_variance:.2f}, again: the value model is worse than a constant. Raise --value-lr"),
         ("gold" in row and row["gold"] < best.get("gold", 0) - 0.03 and row["proxy"] > best["proxy"],
          "the reward rises while held-out gold falls ({gold:.3f}): the policy exploits it. Stop earlier, "
          "raise --beta, or rank its answers: reward.py --from sft,ppo"))

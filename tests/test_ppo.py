@@ -368,7 +368,8 @@ PAST = [FIRST, *[{**FIRST, "kl": 0.5}] * 5, {**HEALTHY, "gold": 0.76, "proxy": 0
     ({"explained_variance": -0.3}, "explained variance -0.30"), ({"gold": 0.72}, "exploits")])
 def test_each_sickness_has_its_warning(change, word):
     """One sentence, with the number that gives it away and with what to do."""
-    found = ppo.health({**HEALTHY, **change}, PAST)
+    for past in (PAST, [*PAST, {**PAST[-1], **change}, {**PAST[-1], **change}]):
+        found = ppo.health({**HEALTHY, **change}, past)
     assert len(found) == 1 and word in found[0] and "{" not in found[0]
 
 
@@ -379,6 +380,12 @@ def test_a_healthy_run_is_left_alone(change):
     assert ppo.health({**HEALTHY, **change}, PAST) == []
     row = {k: v for k, v in {**HEALTHY, **change}.items() if k not in ("gold", "proxy")}
     assert ppo.health(row, PAST) == [], "an iteration without an evaluation"
+
+
+def test_a_bad_iteration_of_the_value_model_is_left_alone():
+    """It comes in a good run, too; three in a row do not."""
+    bad = {**HEALTHY, "explained_variance": -0.3}
+    assert ppo.health(bad, PAST) == ppo.health(bad, [*PAST, bad]) == [] != ppo.health(bad, [*PAST, bad, bad])
 
 
 def test_a_beginning_is_left_alone():
