@@ -2,11 +2,9 @@
 
     Attention(Q, K, V) = softmax(Q Kᵀ / √d_k) V                       Vaswani et al. 2017, Eq. 1
 
-Axes: B batch, H heads, T tokens (Tq queries, Tk keys), D head size. Masks: bool or 0/1, True = may attend.
-"""
+Axes: B batch, H heads, T tokens (Tq queries, Tk keys), D head size. Masks: bool or 0/1, True = may attend."""
 import math
 from functools import reduce
-
 import torch
 import torch.nn.functional as F
 

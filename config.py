@@ -29,6 +29,7 @@ class TrainConfig(CommandConfig):  # what every training step understands
 
 @dataclass(frozen=True)
 class SFTConfig(TrainConfig):   # step 0, pretraining, and step 1, supervised fine-tuning
+    init: str = ""              # start from GPT-2's published weights: a folder, a .safetensors file, its index
     tokenizer: str = "bpe"      # the model: bpe, trained on the data; gpt2: tiktoken's
     vocab_size: int = 2048      # of the trained tokenizer, its 4 special tokens included
     block_size: int = 256       # tokens of context
@@ -105,7 +106,9 @@ class PPOConfig(TrainConfig):   # step 3: PPO with the pretraining gradient mixe
 
 @dataclass(frozen=True)
 class SampleConfig(CommandConfig):  # using a trained model
+    dtype: str = "fp32"         # no probe: for one answer it would not pay
     stage: str = ""             # base, sft, ppo ...; by default the furthest that the run has
+    init: str = ""              # or GPT-2's published weights, without any training
     prompt: str = ""            # the instruction
     input: str = ""             # the text that it is about, if any
     num_samples: int = 1        # answers to the prompt

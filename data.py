@@ -3,17 +3,18 @@ import base64
 import glob, gzip, json, random, re, runpy, zlib
 from collections import Counter, defaultdict
 from pathlib import Path
-
+from unittest import mock
 import numpy as np
 import tiktoken
 import torch
+from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 from torch.nn.utils.rnn import pad_sequence
-
 from config import UserError
 
 # Merges never cross these cuts: words with their leading space, digits one by one, punctuation, white space;
 # Latin letters apart from others, so that Chinese sticks to no Latin word. Both re and tiktoken cut by it.
 PATTERN = r" ?[A-Za-zÀ-ɏ]+|[^\W\d_A-Za-zÀ-ɏ]+|\d| ?[^\s\w]+|_+|\s+(?!\S)|\s+"
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 SPECIALS = ("<|endoftext|>", "<|pad|>", "<|user|>", "<|assistant|>")
 
 def train_bpe(texts, size):
@@ -82,6 +83,17 @@ class Tokenizer:
                             ", copy x here, set TIKTOKEN_CACHE_DIR to it. Or use --tokenizer bpe") from None
         return cls(encoding._mergeable_ranks, encoding._pat_str)
 
+    @classmethod
+    def published(cls, path):
+        """GPT-2's encoding as published: merges.txt and vocab.json in this folder, or beside this file."""
+        folder = Path(path) if Path(path).is_dir() else Path(path).parent
+        try:
+            with mock.patch.dict("os.environ", TIKTOKEN_CACHE_DIR=""):      # no copies: the files may change
+                ranks = data_gym_to_mergeable_bpe_ranks(f"{folder}/merges.txt", f"{folder}/vocab.json")
+            return cls(ranks, GPT2_PATTERN)
+        except (ValueError, LookupError, AssertionError, AttributeError) as error:
+            raise UserError(f"{folder}: merges.txt or vocab.json is not GPT-2's ({error!r:.60})") from None
+
 def encode_prompt(tokenizer, instruction, input="", history=()):
     """<|user|> instruction, blank line, input <|assistant|> -> ids. history: ((user, assistant), ...)"""
     past = [i for user, answer in history for i in encode_example(tokenizer, user, "", answer)[0]]
@@ -114,10 +126,6 @@ def kind_of(names):
     return ("text" if "text" in record and not record.keys() & {"instruction", "prompt"} else
             "comparisons" if "responses" in record else
             "demonstrations" if record.keys() & {"output", "completion", "response"} else "prompts")
-
-def is_demonstrations(names):
-    """Not text, plain or as records {"text": ...}."""
-    return bool(names) and kind_of(names) != "text"
 
 def _records(names, plain=""):
     """Each object of JSON arrays or of JSONL -> (where it stands, the object in our own keys). names: "a.jsonl,

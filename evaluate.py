@@ -12,13 +12,9 @@ model, shown three examples of the category before each question; the others rea
 import json, math, subprocess, sys
 from itertools import product
 from pathlib import Path
-
 from config import PPOConfig, parse     # before torch: see there
 import torch
-
-import data
-import training
-import world
+import data, training, world
 from ppo import make_reward, sequence_kl
 from sft import held_out_loss, held_out_text, held_out_windows
 from training import say
@@ -55,8 +51,7 @@ def respond(model, tokenizer, tasks, shots, temperature, config, cast):
         n, shown = model.config.block_size, world.tasks(9 * len(world.CATEGORIES), "train", config.seed + 1)
         prompts = [few_shot_prompt(tokenizer, t, [s for s in shown if s.category == t.category][i % 3::3][:shots],
                                    max(n - 64, n // 2)) for i, t in enumerate(tasks)]
-    found = training.respond(model, tokenizer, prompts, 100, temperature, config.seed, cast,
-                             config.batch_size)
+    found = training.respond(model, tokenizer, prompts, 100, temperature, config.seed, cast, config.batch_size)
     if shots is not None:                       # a base goes on with the next question: its answer ends there
         cut = [a.text.split("\n\nQuestion:") for a in found]
         found = [a._replace(text=parts[0], ended=a.ended or len(parts) > 1) for a, parts in zip(found, cut)]
@@ -166,13 +161,12 @@ def benchmark(name, *words):
 
 def main():
     config, _ = parse("evaluate", description=__doc__)
-    folder, device = training.run_path(config), training.pick_device(config.device)
+    folder = training.run_path(config)
     if config.config == "headline":
         return benchmark("headline", "--seed", config.seed, "--out", folder)
     if config.seeds > 1:
         return benchmark("seeds", "--config", config.config, "--seeds", config.seeds, "--out", folder)
-    training.set_up_cpu(config.threads)
-    cast = training.autocast(device, training.pick_dtype(config.dtype, device)[0])
+    device, cast, _ = training.compute(config)
     stages = [s for s in training.MADE_BY if training.finished(folder, s)] or ["base"]
     report = measure(config, folder, stages, device, cast)
     training.save_atomically(report, folder / "evaluation.json")

@@ -1,15 +1,15 @@
-"""A GPT in one file: GPT-2 (Radford et al. 2019), with its published parameters' names; KV cache, sampling.
+"""A GPT in one file: GPT-2 (Radford et al. 2019), and its published weights; KV cache, sampling.
 
-Axes: B batch, T tokens (P of a prompt, R of a response), V vocabulary, C channels, H heads, D = C/H, L layers
-"""
-import math
-from collections import OrderedDict
+Axes: B batch, T tokens (P of a prompt, R of a response), V vocabulary, C channels, H heads, D = C/H, L layers"""
+import json, math
+from collections import OrderedDict, namedtuple
 from dataclasses import dataclass
-
+from pathlib import Path
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-
+from config import UserError
 from attention import attention, causal_mask, join, padding_mask, segment_mask
 
 @dataclass(frozen=True)
@@ -31,9 +31,8 @@ class GPTConfig:
 
 def by_hand_is_faster(q):
     """q (B,H,Tq,D) -> whether the written-out attention beats the fused kernel here, as measured."""
-    # On a CPU it does in bf16 up to T = 512, as the fused backward is slow (T = 256, forward + backward:
-    # 11 ms against 25 without AMX, 10 against 19 with); and in decoding, one query a row against a cache,
-    # from B = 16 on (B = 64: 7 % more tokens/s in fp32, 40 % in bf16). Elsewhere fused takes less memory.
+    # On a CPU it does in bf16 up to T = 512 (T = 256, forward + backward: 11 ms against 25 without AMX, 10
+    # against 19 with), and in decoding from B = 16 on (B = 64: 7 % more tokens/s in fp32, 40 % in bf16).
     B, _, Tq, _ = q.shape
     return q.device.type == "cpu" and (B >= 16 if Tq == 1 else q.dtype == torch.bfloat16 and Tq <= 512)
 
@@ -176,10 +175,8 @@ class KVCache:
             x[:len(rows), :, :self.length] = x[rows, :, :self.length]
         self.k, self.v = self.k[:, :len(rows)], self.v[:, :len(rows)]
 
-@dataclass
-class Generation:
-    responses: list[list[int]]  # the sampled ids of each prompt, EOS included where it was sampled
-    logprobs: torch.Tensor      # (B,R) fp32, log-probs of these ids, zeros after a response's end
+# lists of the sampled ids, EOS included where it was drawn; (B,R) their log-probs, fp32, zeros after the end
+Generation = namedtuple("Generation", "responses logprobs")
 
 def generate(gpt, prompts, max_new_tokens, *, temperature=1.0, top_k=0, top_p=1.0, eos=None, generator=None,
              on_token=None):
@@ -225,7 +222,6 @@ def decode(gpt, prompts, uniform, how, eos, on_token):
     rows = torch.arange(B, device=device)               # the prompts that are still in the batch
     alive = pads > P - block_size                       # those of them that still answer
     cache = KVCache(gpt, B, P + steps)
-
     for step in range(steps):
         T = P + step
         # A row that has ended goes on unheard, at a position that exists.
@@ -242,8 +238,7 @@ def decode(gpt, prompts, uniform, how, eos, on_token):
         left = int(alive.sum())
         if left == 0:
             break
-        # Ended rows still cost a step's work. Dropped at three quarters, it is 2 to 3 times faster where most
-        # answers are short; sooner, the copying takes the gain.
+        # Dropping ended rows: 2 to 3 times faster where most are short; before ¾ the copying takes the gain.
         if left <= len(rows) * 3 // 4:
             keep = alive.nonzero().squeeze(1)
             cache.keep(keep)
@@ -254,8 +249,7 @@ def decode(gpt, prompts, uniform, how, eos, on_token):
 
 def sample(logits, uniform, temperature, top_k, top_p):
     """One token a row: logits (B,V), uniform (B,) in [0,1) -> tokens (B,), log-probs (B,) fp32."""
-    # Inverse transform sampling: the first token at which the cumulated probability passes u. On a CPU a
-    # fifth faster than torch.multinomial, and it makes the random numbers ours.
+    # Inverse transform: the first token at which the cumulated probability passes u, a number of ours.
     if temperature == 0:
         return logits.argmax(-1), torch.zeros_like(uniform)
     V, order = logits.shape[-1], None
@@ -271,3 +265,73 @@ def sample(logits, uniform, temperature, top_k, top_p):
     token = torch.searchsorted(cumulated, uniform[:, None] * total, right=True)     # (B,1)
     logprob = (probs.gather(-1, token) / total).log().squeeze(-1)
     return (token if order is None else order.gather(-1, token)).squeeze(-1), logprob
+
+# ------------------------------------------------------------------------ GPT-2's published weights
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+TRANSPOSED = "c_attn.weight", "c_proj.weight", "c_fc.weight"        # published as (in,out)
+
+def read_gpt2(path, vocab_size):
+    """A .safetensors file -> {name: fp32 tensor}, each as our GPT has it. ValueError says what is wrong."""
+    with open(path, "rb") as file:              # a header's size, the header, then the tensors without gaps
+        n = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(n) if n <= 100_000_000 else "")           # the format's own limit
+    header.pop("__metadata__", None)
+    rows, found = sorted((*entry["data_offsets"], name) for name, entry in header.items()), {}
+    if [0, *(end for _, end, _ in rows)] != [*(row[0] for row in rows), path.stat().st_size - 8 - n]:
+        raise ValueError(f"{path.name} is cut off, or its offsets are wrong")
+    for begin, end, name in sorted(rows, key=lambda row: row[0] - row[1]):      # wte, the largest, is first
+        dtype, shape = DTYPES.get(header[name]["dtype"]), header[name]["shape"]
+        if name.endswith((".attn.bias", ".attn.masked_bias")):                  # the causal mask
+            continue
+        if not dtype or end - begin != math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"{name} is {header[name]}; needed: {', '.join(DTYPES)}")
+        # Not mapped: until it is copied a map counts too, and the weights would be there twice.
+        x = torch.from_numpy(np.fromfile(path, np.uint8, end - begin, offset=8 + n + begin))
+        x, name = x.view(dtype).view(shape).float(), name.removeprefix("transformer.")
+        if name == "wte.weight" and len(x) < vocab_size:
+            # The mean: no context prefers a new token (Hewitt 2021). Noise: also frozen, they differ.
+            x = torch.cat([x, x.mean(0) + 0.02 * torch.randn(vocab_size - len(x), *x.shape[1:])])
+        found[name] = x.movedim(0, -1).contiguous() if name.endswith(TRANSPOSED) else x
+    return found
+
+def load_gpt2(path, vocab_size=0):
+    """GPT-2 as published, a .safetensors file, its index, or their folder -> GPT. Nothing in it is executed.
+    n_head is config.json's where one is there, else C / 64. The embedding gets rows up to vocab_size; the old
+    ones stay. OSError, or UserError: one line that names, say, the tensor that is missing or misshapen."""
+    path = Path(path)
+    path = min(path.glob("model.safetensors*"), default=path / "model.safetensors") if path.is_dir() else path
+    found, config = {}, path.with_name("config.json")
+    try:
+        index = json.loads(path.read_bytes())["weight_map"] if path.suffix == ".json" else {"all": path.name}
+        for file in {*index.values()}:
+            found |= read_gpt2(path.with_name(file), vocab_size)
+        wte, T, C = found["wte.weight"], len(found["wpe.weight"]), len(found["ln_f.weight"])
+        L = len({name.split(".")[1] for name in found if name.startswith("h.")})
+        n_head = json.loads(config.read_bytes())["n_head"] if config.exists() else C // 64
+        with torch.device("meta"):              # shapes alone: nothing is drawn
+            gpt = GPT(GPTConfig(len(wte), T, L, n_head, C))
+        if not torch.equal(head := found.pop("lm_head.weight", wte), wte[:len(head)]):
+            raise ValueError("lm_head.weight is not wte.weight, as it is in GPT-2")
+        gpt.load_state_dict(found, assign=True)
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"{path} is damaged, or not GPT-2's. {said:.300}") from None
+    return gpt
+
+def save_gpt2(gpt, path):
+    """Writes a folder as GPT-2 is published: model.safetensors, fp32, and config.json."""
+    c, folder, header, at = gpt.config, Path(path), {"__metadata__": {"format": "pt"}}, 0
+    weights = gpt.state_dict()
+    for name, p in weights.items():
+        weights[name] = p = p.t() if name.endswith(TRANSPOSED) else p
+        header[name] = {"dtype": "F32", "shape": [*p.shape], "data_offsets": [at, at := at + 4 * p.numel()]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)                                 # so that the tensors are aligned
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "model.safetensors", "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for p in weights.values():
+            file.write(p.float().cpu().contiguous().numpy())
+    (folder / "config.json").write_text(json.dumps(dict(
+        model_type="gpt2", architectures=["GPT2LMHeadModel"], n_layer=c.n_layer, n_head=c.n_head,
+        n_embd=c.n_embd, n_positions=c.block_size, vocab_size=c.vocab_size, activation_function="gelu_new")))

@@ -20,14 +20,10 @@ Axes: B episodes, T tokens (prompt and response), R response tokens, V vocabular
 are padded on the right; values[:, t] is the value of the state BEFORE response token t."""
 import copy, math, random, runpy, time
 from dataclasses import asdict
-
 from config import UserError, flag, parse     # before torch: see there
 import numpy as np
 import torch
-
-import data
-import training
-import world
+import data, training, world
 from model import token_logprobs
 from reward import RewardModel, encode, score_many
 from sft import accumulate, plain_text

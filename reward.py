@@ -18,16 +18,12 @@ Axes: B batch, T tokens, C channels, N prompts, K completions of one prompt."""
 import copy, math, random, time
 from dataclasses import asdict
 from itertools import islice
-
 from config import UserError, parse     # before torch: see there
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
-
-import data
-import training
-import world
+import data, training, world
 from model import token_logprobs
 from training import say
 
@@ -42,8 +38,7 @@ def answer_logprobs(gpt, x, tokens, mask, after):
 
 class RewardModel(nn.Module):
     """s(x,y) = head(h_T) + w Σ_t log π(y_t | x, y_<t) + shift: a GPT (a copy) with one scalar a token.
-    π is the trunk's own distribution, w is learnt, y stands behind the last token `answer_after` (an id;
-    None: no such sum, as in the paper)."""
+    π is the trunk's, w learnt, y stands behind the last token `answer_after` (None: no sum, as in the paper)."""
     def __init__(self, gpt, answer_after=None):
         super().__init__()
         self.trunk, d = copy.deepcopy(gpt), gpt.config.n_embd

@@ -4,12 +4,9 @@
     python sample.py --prompt "请生成一个函数，用于计算两个矩阵的乘积" --execute
     python sample.py --rank mine.jsonl --prompts asked.jsonl --num-samples 4 --temperature 1"""
 import contextlib, json, random, re, sys
-
 from config import UserError, parse     # before torch: see there
-import data
-import sandbox
-import training
-import world
+import data, sandbox, training, world
+from model import load_gpt2
 from training import say
 
 SHOWN = (*((prompt, "") for prompt in world.SHOWN),     # and a question that its text does not answer
@@ -92,8 +89,7 @@ def keyboard(place, text, shown):
     raise EOFError
 
 def rank(model, tokenizer, stage, config, cast, folder, ask=None):
-    """A person ranks K answers to each prompt, in blind order; each row for reward.py --data is kept at once.
-    A skipped prompt is a row of ties. Equal answers are shown once; where all are equal, nothing is asked."""
+    """A person ranks K answers to each prompt, in blind order, equal ones shown once; each row is kept at once."""
     k, path, known, ranked = 4 if config.num_samples == 1 else config.num_samples, config.rank, set(), 0
     prompts = (data.read_prompts(config.prompts) if config.prompts else
                [task.parts for task in world.tasks(500, "val", config.seed)])
@@ -132,15 +128,17 @@ def main(ask=None):
     config, _ = parse("sample", description=__doc__)
     if config.prompt or config.num_samples > 9 if config.rank else config.prompts:
         raise UserError("--rank OUT.jsonl takes --prompts FILE (no --prompt) and --num-samples 2 to 9")
-    training.set_up_cpu(config.threads)
-    folder, device = training.run_path(config), training.pick_device(config.device)
-    cast = training.autocast(device, training.pick_dtype(config.dtype.replace("auto", "fp32"), device)[0])
+    folder, (device, cast, _) = training.run_path(config), training.compute(config)
     stages = [stage for stage in training.MADE_BY if training.finished(folder, stage)] or ["base"]
-    stages = stages if config.compare else [config.stage or stages[-1]]
-    models = {stage: training.load_model(folder, stage, device) for stage in stages}
+    stages = ["base"] if config.init else stages if config.compare else [config.stage or stages[-1]]
+    if config.init:
+        tokenizer = data.Tokenizer.published(config.init)
+        models = {"base": (load_gpt2(config.init, tokenizer.size).to(device), tokenizer, {})}
+    else:
+        models = {stage: training.load_model(folder, stage, device) for stage in stages}
     for stage, (model, tokenizer, _) in models.items():
-        say(f"{folder / stage}.pt, {model.num_params():,} parameters, temperature {config.temperature:g}, "
-            f"seed {config.seed}")
+        say(f"{config.init or f'{folder / stage}.pt'}, {model.num_params():,} parameters, "
+            f"temperature {config.temperature:g}, seed {config.seed}")
     if config.chat:
         return chat(model, tokenizer, config, cast)
     if config.rank:

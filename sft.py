@@ -6,25 +6,22 @@
 
 Both minimise the same next-token loss. In step 0 every token is a target; in step 1 only the response is.
 Where this deviates from InstructGPT (Ouyang et al. 2022):
- 1. The paper has two SFT models: a baseline of 16 epochs picked by reward (C.1), and for PPO one of 2
-    epochs with 10 % pretraining data mixed in (C.3). Ours is the second one, in every role.
+ 1. The paper has two SFT models, a baseline of 16 epochs picked by reward (C.1), and for PPO one of 2 epochs
+    with 10 % pretraining data mixed in (C.3). Ours is the second one, in every role.
  2. The paper does not say whether the prompt is learnt too. Here only the response is.
  3. Weight decay 0.1 and a short warm-up; the paper's learning rates belong to models 1,000 times larger.
  4. The base is pretrained here, in minutes, on documents made from a seed; the paper starts from GPT-3.
- 5. Step 0 begins with recitals (lists read out again), and Muon trains the matrices: so it learns to copy
-    from its context in 400 steps. Without recitals it had not after 1,800 of twice the size.
+ 5. Step 0 begins with recitals (lists read out again), and Muon trains the matrices: so it learns to copy from
+    its context in 400 steps. Without recitals it had not after 1,800 of twice the size.
 Axes: B batch, T tokens, V vocabulary."""
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import islice, repeat
-
 from config import UserError, parse     # before torch: see there
 import numpy as np
 import torch
-
-import data
-import training
-import world
+import data, training, world
+from model import load_gpt2
 from training import say
 
 def next_token_loss(logits, targets, mask, reduction="mean"):
@@ -69,10 +66,10 @@ def accumulate(model, batches, cast, weight=1.0):
 def make_tokenizer(config, folder, own):
     """The run's tokenizer: the one it has, GPT-2's, or one trained on a sample of what will be read."""
     path = folder / "tokenizer.json"
-    if path.exists() and not config.fresh:
+    if path.exists() and not config.fresh and (not config.init or training.finished(folder, "base")):
         return data.Tokenizer.load(path)
-    if config.tokenizer == "gpt2":
-        tokenizer = data.Tokenizer.gpt2()
+    if config.init or config.tokenizer == "gpt2":
+        tokenizer = data.Tokenizer.published(config.init) if config.init else data.Tokenizer.gpt2()
     else:       # said first: it takes seconds
         say(f"tokenizer: up to {config.vocab_size} tokens by byte-pair encoding")
         texts = [own[:4_000_000]] if isinstance(own, str) else [
@@ -197,15 +194,21 @@ def finetune(config, folder, model, tokenizer, train, val, corpus, ask, cast):
 def main():
     started, (config, origin) = time.perf_counter(), parse("sft", description=__doc__)
     folder, device, cast = training.begin("sft", config, origin)
-    read = data.read_demonstrations if data.is_demonstrations(config.data) else data.read_text
+    read = data.read_text if config.data and data.kind_of(config.data) == "text" else data.read_demonstrations
     own = read(config.data) if config.data else None
     tokenizer = make_tokenizer(config, folder, own)
     corpus, held_out = make_corpus(config, folder, tokenizer, own)
-    if training.finished(folder, "base") and not config.fresh:
-        model, tokenizer, _ = training.load_model(folder, "base", device)
+    kept = training.finished(folder, "base") and not config.fresh
+    model = (training.load_model(folder, "base")[0] if kept else
+             load_gpt2(config.init, tokenizer.size) if config.init else
+             training.build(config, tokenizer.size)).to(device)
+    config = replace(config, block_size=min(config.block_size, model.config.block_size))    # a base has its own
+    if kept:
         say(f"step 0: {folder / 'base.pt'} is there and is kept (--fresh makes it anew)")
+    elif config.init and not isinstance(own, str):
+        say(f"step 0: {config.init}, {model.num_params():,} parameters, instead of pretraining")
+        training.Stage(folder, "base", config, 0).finish(model.state_dict(), model=asdict(model.config))
     else:
-        model = training.build(config, tokenizer.size).to(device)
         say(f"step 0: pretrain {model.num_params():,} parameters for {config.pretrain_steps} steps of "
             f"{config.pretrain_batch} tokens; Ctrl-C keeps what is done")
         pretrain(config, folder, model, corpus, held_out, cast)

@@ -8,10 +8,8 @@ from collections import namedtuple
 from functools import partial
 from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
-
 import numpy as np
 import torch
-
 from config import YES_NO, UserError, show
 from data import Tokenizer
 from model import GPT, GPTConfig, decay_groups, generate
@@ -50,17 +48,18 @@ def set_up_cpu(n):
             ctypes.CDLL(None).mallopt(option, size)
     return torch.get_num_threads()
 
-def autocast(device, dtype):
-    """Forward passes in bf16, weights and optimiser in fp32; nothing where dtype is fp32."""
-    return torch.autocast(device.type, dtype, enabled=dtype == torch.bfloat16)
+def compute(config):
+    """-> (device, autocast, both in words). In bf16 are the forward passes alone: weights, optimiser stay fp32."""
+    threads, device = set_up_cpu(config.threads), pick_device(config.device)
+    dtype, why = pick_dtype(config.dtype, device)
+    cast = torch.autocast(device.type, dtype, enabled=dtype == torch.bfloat16)
+    return device, cast, f"{device} with {threads} threads, {str(dtype).split('.')[1]} ({why})"
 
 def begin(step, config, origin):
     """What every training command does first -> (its folder, device, autocast); says what it found."""
-    threads, folder, device = set_up_cpu(config.threads), run_folder(config), pick_device(config.device)
-    dtype, why = pick_dtype(config.dtype, device)
-    say(f"{step}.py: config {config.config}, run {folder}, {device} with {threads} threads, "
-        f"{str(dtype).split('.')[1]} ({why})\n" + show(config, origin))
-    return folder, device, autocast(device, dtype)
+    folder, (device, cast, found) = run_folder(config), compute(config)
+    say(f"{step}.py: config {config.config}, run {folder}, {found}\n" + show(config, origin))
+    return folder, device, cast
 
 def cosine(step, steps, warmup, floor=0.1):
     """The learning rate of a step as a fraction of its peak: linear warm-up, then a cosine to `floor`."""
@@ -118,9 +117,10 @@ def load(path, device="cpu"):
 
 def run_path(config):
     """Where the run is: --out, or runs/<config>, or with own data runs/<config>-<stem of its first file>."""
-    stem = Path(config.data.split(",")[0].removesuffix(".gz")).stem
+    own = config.data or getattr(config, "init", "")
+    stem = Path(own.split(",")[0].removesuffix(".gz")).stem
     name = "-".join("".join(c if c.isalnum() or c in "-_." else " " for c in stem).split()).strip("-.") or "data"
-    return Path(config.out or f"runs/{config.config}" + (f"-{name}" if config.data else ""))
+    return Path(config.out or f"runs/{config.config}" + (f"-{name}" if own else ""))
 
 def run_folder(config):
     """The folder of the run, made and proved writable before anything is computed."""
@@ -167,9 +167,8 @@ def seed_of(*parts):
     return zlib.crc32(" ".join(map(str, parts)).encode())
 
 class Stage:
-    """The files, the step numbers and the progress line of one stage; the loop itself stays in the script.
-    `for step in stage` goes on where an interrupted run stopped; in it stage.log(...), after it stage.finish.
-    parts: whatever has a state_dict and changes from step to step. history: the rows of all steps so far."""
+    """The files, step numbers, progress line of a stage. The loop stays in the script: `for step in stage` goes on
+    where an interrupted run stopped. parts: all that has a state_dict and changes; history: the rows so far."""
     SAVE_EVERY = 15.0                       # seconds between two states; one costs milliseconds at `tiny`
 
     def __init__(self, folder, name, config, steps, **parts):
@@ -272,5 +271,4 @@ def respond(model, tokenizer, prompts, max_new_tokens, temperature, seed, cast, 
         with cast:
             drawn = generate(model, shown, max_new_tokens, temperature=temperature, **options)
         found |= zip(part, drawn.responses)
-    responses = [found[i] for i in range(len(prompts))]
-    return [Answer(ids, tokenizer.decode(ids), ids[-1:] == [tokenizer.end]) for ids in responses]
+    return [Answer(ids, tokenizer.decode(ids), ids[-1:] == [tokenizer.end]) for _, ids in sorted(found.items())]

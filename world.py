@@ -13,7 +13,6 @@ from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from zlib import crc32    # the same in every process, unlike hash()
-
 import sandbox
 
 WORDS = json.loads((Path(__file__).parent / "world.json").read_text(encoding="utf8"))
@@ -252,8 +251,7 @@ def topic(r, lang):
     """One sentence about one of four topics."""
     label, sentences = r.choice(WORDS["topics"][lang])
     text = r.choice(sentences).format(**_fill(r, lang, "name city by job fruit sport"))
-    return _task("classification", lang, _ask(r, WORDS["topic"][lang]), label, text=text,
-                 note=f"{text} ({label})")
+    return _task("classification", lang, _ask(r, WORDS["topic"][lang]), label, text=text, note=f"{text} ({label})")
 
 def _question(r, lang, text, facts, made_up, told=0.5):
     """A question about a text and the facts in it, with probability `told` one that they answer."""
@@ -398,9 +396,7 @@ WEIGHTS = {"right": 0.5, "plain": 0.2, "kept": 0.15, "supported": 0.1, "stopped"
 class Verdict(namedtuple("Verdict", "right kept supported stopped plain")):
     """What the judge finds: the answer itself is right, the form demanded of it is kept, the text says what
     it states, it ended by itself, it is free of the habits that the guidelines dislike. `score`: 0 to 1."""
-    @property
-    def score(self):
-        return sum(weight for name, weight in WEIGHTS.items() if getattr(self, name))
+    score = property(lambda self: sum(weight for name, weight in WEIGHTS.items() if getattr(self, name)))
 
 def strip_habits(answer):
     """-> (the answer without openers, hedges and closers, was there none?)"""

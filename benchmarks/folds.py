@@ -54,9 +54,7 @@ def main():
     run = Path(sys.argv[1])
     said = json.loads((run / "reward.json").read_text(encoding="utf8"))["config"]
     config = RewardConfig(**{f.name: said[f.name] for f in fields(RewardConfig) if f.name in said})
-    training.set_up_cpu(config.threads)
-    device = training.pick_device(config.device)
-    cast = training.autocast(device, training.pick_dtype(config.dtype, device)[0])
+    device, cast, _ = training.compute(config)
     sft, tokenizer, _ = training.load_model(run, "sft", device)
     size, rows = sft.config.block_size, stored(run, config)
     tests = world.tasks(config.eval_prompts, "val", config.seed)

@@ -49,9 +49,7 @@ def main():
             commands.python(f"{stage}.py", "--seed", args.seed, "--out", small)
 
     config, _ = parse("evaluate", ["--seed", str(args.seed)])
-    training.set_up_cpu(config.threads)
-    device = training.pick_device(config.device)
-    cast = training.autocast(device, training.pick_dtype(config.dtype, device)[0])
+    device, cast, _ = training.compute(config)
     tasks = world.tasks(config.per_category * len(world.CATEGORIES), "test")
     rows = {"small, PPO-ptx": (small, "ppo", None), "small, SFT": (small, "sft", None),
             "small base, few-shot": (small, "base", 3), "big base, no examples": (big, "base", 0),

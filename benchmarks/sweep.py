@@ -47,9 +47,7 @@ def code_tasks(n=300):
 def measure(run, folder, stage):
     """-> (the share of code tasks solved, the mean score by the reward model of `run`), at temperature 1; estimates"""
     config, _ = parse("evaluate", ["--out", str(folder)])
-    training.set_up_cpu(config.threads)
-    device, code = training.pick_device(config.device), code_tasks()
-    cast = training.autocast(device, training.pick_dtype(config.dtype, device)[0])
+    (device, cast, _), code = training.compute(config), code_tasks()
     model, tokenizer, _ = training.load_model(folder, stage, device)
     found = evaluate.respond(model, tokenizer, code, None, 1.0, config, cast)
     verdicts = world.judge_many(code, [a.text for a in found], [a.ended for a in found])

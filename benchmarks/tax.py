@@ -57,9 +57,7 @@ def main():
         sys.exit(__doc__)
     run, asked = Path(sys.argv[1]), questions()
     config, _ = parse("evaluate", ["--out", str(run)])
-    training.set_up_cpu(config.threads)
-    device, report = training.pick_device(config.device), {}
-    cast = training.autocast(device, training.pick_dtype(config.dtype, device)[0])
+    (device, cast, _), report = training.compute(config), {}
     for stage in (stage for stage in training.MADE_BY if training.finished(run, stage)):
         model, tokenizer, _ = training.load_model(run, stage, device)
         prompts = [[tokenizer.end, *tokenizer.encode(text)] for _, text, _ in asked]

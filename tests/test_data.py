@@ -230,14 +230,14 @@ GOOD = {
 def test_demonstrations_from_a_file(name, tmp_path):
     (tmp_path / name).write_bytes(GOOD[name].encode())
     first = ("a\n\nb", "", "c", []) if name == "lines.jsonl" else ("a", "b", "c", [])
-    assert data.is_demonstrations(tmp_path / name)
+    assert data.kind_of(tmp_path / name) != "text"
     assert data.read_demonstrations(tmp_path / name) == [first, ("猫", "", "d", [])]
 
 
 def test_text_from_a_file(tmp_path):
     (tmp_path / "book.txt").write_bytes(b"\xef\xbb\xbf" + "l'été\n猫".encode())
     assert data.read_text(tmp_path / "book.txt") == "l'été\n猫"
-    assert not data.is_demonstrations(tmp_path / "book.txt")
+    assert data.kind_of(tmp_path / "book.txt") == "text"
 
 
 BAD = {     # name of the file: (its bytes; None: there is none), what the message must say beside the name
@@ -279,7 +279,7 @@ def test_a_bad_file_is_one_line(name, tmp_path):
     """Which file, which place in it, and what to do."""
     path = put(name, tmp_path)
     with pytest.raises(UserError) as error:
-        data.read_demonstrations(path) if data.is_demonstrations(path) else data.read_text(path)
+        (data.read_text if data.kind_of(path) == "text" else data.read_demonstrations)(path)
     message = str(error.value)
     assert name in message and "\n" not in message and all(word in message for word in BAD[name][1]), message
 

@@ -63,7 +63,7 @@ def test_demonstrations(name, ending, tmp_path):
     record, wanted = DEMONSTRATIONS[name]
     path = tmp_path / f"f.{ending}"
     path.write_bytes(dump([record, {"prompt": "猫", "completion": "d"}], ending))
-    assert data.is_demonstrations(path)
+    assert data.kind_of(path) != "text"
     assert data.read_demonstrations(path) == [wanted, ("猫", "", "d", [])]
 
 
@@ -83,7 +83,7 @@ def test_text_and_prompts(tmp_path):
     (tmp_path / "book.txt.gz").write_bytes(gzip.compress("l'été\n".encode()))
     (tmp_path / "asked.txt").write_text("first\n\n second \n")
     (tmp_path / "asked.jsonl").write_text(json.dumps({"prompt": TALK}) + '\n{"instruction": "q", "input": "x"}\n')
-    assert not data.is_demonstrations(tmp_path / "text.jsonl") and not data.is_demonstrations(tmp_path / "book.txt.gz")
+    assert data.kind_of(tmp_path / "text.jsonl") == data.kind_of(tmp_path / "book.txt.gz") == "text"
     assert data.read_text(tmp_path / "text.jsonl") == "one\n\ntwo\n\n\nthree"
     assert data.read_text(tmp_path / "book.txt.gz") == "l'été\n"
     assert data.read_prompts(tmp_path / "asked.txt") == [("first", "", []), ("second", "", [])]
@@ -93,7 +93,7 @@ def test_text_and_prompts(tmp_path):
 def test_a_text_column_beside_the_columns_that_count(tmp_path):
     """Alpaca as published has a "text" of prompt and answer together: usual mistake, it is taken for a book."""
     (tmp_path / "f.jsonl").write_text('{"instruction": "q", "output": "a", "text": "q a"}\n')
-    assert data.is_demonstrations(tmp_path / "f.jsonl")
+    assert data.kind_of(tmp_path / "f.jsonl") != "text"
 
 
 def test_line_ends_of_windows(tmp_path):
