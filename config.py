@@ -121,6 +121,7 @@ class SampleConfig(CommandConfig):  # using a trained model
     compare: bool = False       # all stages of the run answer, side by side: the prompt, or a few fixed ones
     rank: str = ""              # rank answers yourself; the rankings are appended to this JSONL file
     prompts: str = ""           # with --rank: a file of prompts whose answers are ranked
+    serve: bool = False         # with --rank: on a page in a browser of this machine, not at the keyboard
 
 @dataclass(frozen=True)
 class EvaluateConfig(CommandConfig):  # measuring the stages of a run
@@ -137,7 +138,8 @@ PRESETS = {"tiny": {},          # preset -> step -> what it changes; tiny: minut
         pretrain_batch=32_768, pretrain_lr=1e-3, pretrain_docs=20_000_000, demonstrations=60_000, lr=5e-4)},
     "gpt2": {"sft": dict(tokenizer="gpt2", wave_std=0.0,    # GPT-2's shape, 124 M: for own data and a GPU
         init_std=0.02, block_size=1024, n_layer=12, n_head=12, n_embd=768, pretrain_steps=20_000, lr=1e-4,
-        pretrain_batch=131_072, accumulate=4, pretrain_lr=6e-4, pretrain_docs=20_000_000, warmup=500, matrix_lr=2e-4),
+        pretrain_batch=131_072, accumulate=4, pretrain_lr=6e-4, pretrain_docs=20_000_000, warmup=500,
+        matrix_lr=2e-4),
         "reward": dict(lr=2e-5, matrix_lr=4e-5, likelihood=False),      # Ziegler et al. 2019; not tried here
         "ppo": dict(lr=1e-5, gain_lr=1e-4, value_lr=2e-5)}}
 CONFIGS = {"sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig, "sample": SampleConfig,
@@ -148,6 +150,7 @@ ALLOWED = {     # field -> its words, or its least and greatest value; of other 
     "group": (2, 64), "min_k": (2, 9), "max_k": (2, 9), "top_p": (1e-6, 1), int: (1, inf), float: (0, 1e6),
     **dict.fromkeys("ptx_share sft_dropout ema".split(), (0, 0.999_999)), "dtype": ("auto", "fp32", "bf16"),
     **dict.fromkeys("threads steps seed warmup recital_steps top_k".split(), (0, inf))}
+NOT_ABOVE = {"min_k": "max_k", "minibatches": "episodes", "group": "episodes", "ptx_window": "ptx_tokens"}
 YES_NO = {"": True, "yes": True, "true": True, "1": True, "no": False, "false": False, "0": False}
 
 def nearest(word, words):
@@ -190,8 +193,10 @@ def parse(step, argv=None, description=""):
         raise UserError("--resume goes on and --fresh begins anew: give one of them")
     if isinstance(config, SFTConfig) and config.n_embd % config.n_head:
         raise UserError(f"--n-embd {config.n_embd} does not divide into --n-head {config.n_head} equal heads")
-    if isinstance(config, RewardConfig) and config.min_k > config.max_k:
-        raise UserError(f"--min-k {config.min_k} is more than --max-k {config.max_k}")
+    for less, more in NOT_ABOVE.items():
+        a, b = getattr(config, less, 0), getattr(config, more, 0)       # not every step has them
+        if a > b:
+            raise UserError(f"{flag(less)} {a} is more than {flag(more)} {b}")
     if isinstance(config, RewardConfig) and not all(config.from_.split(",")):
         raise UserError(f"--from names stages, with commas between them, as in sft,ppo; not {config.from_!r}")
     return config, {name: "command line" if name in given else "preset" if name in preset else "default"

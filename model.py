@@ -60,8 +60,7 @@ class Block(nn.Module):
         self.ln_1 = nn.LayerNorm(C)
         self.attn = SelfAttention(config)
         self.ln_2 = nn.LayerNorm(C)
-        # GPT-2's weights were trained with the tanh form of GELU; erf shifts every logit (RECIPE A6).
-        self.mlp = nn.Sequential(OrderedDict(
+        self.mlp = nn.Sequential(OrderedDict(   # GELU's tanh form, as GPT-2: erf shifts the logits (RECIPE A6)
             c_fc=nn.Linear(C, 4 * C), gelu=nn.GELU(approximate="tanh"),                 # (B,T,4C)
             c_proj=nn.Linear(4 * C, C), dropout=nn.Dropout(config.dropout)))            # (B,T,C)
 
@@ -81,8 +80,7 @@ class GPT(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd)
         for name, p in self.named_parameters():
             if p.dim() >= 2:
-                # 2L blocks add to the stream; scaled so, their sum keeps its size (RECIPE A7).
-                residual = name.endswith("c_proj.weight")
+                residual = name.endswith("c_proj.weight")   # 2L of them: so their sum keeps its size (RECIPE A7)
                 nn.init.normal_(p, std=config.init_std / math.sqrt(2 * config.n_layer if residual else 1))
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
@@ -233,8 +231,7 @@ def decode(gpt, prompts, uniform, how, eos, on_token):
         if on_token is not None:
             heard = dict(zip(rows[alive].tolist(), token[alive].tolist()))
             on_token([heard.get(row) for row in range(B)])
-        # An answer ends with eos (no id is -1), or where it and its prompt fill the context.
-        alive = alive & (token != (-1 if eos is None else eos)) & (pads > T + 1 - block_size)
+        alive = alive & (token != (-1 if eos is None else eos)) & (pads > T + 1 - block_size)   # eos, or no room
         left = int(alive.sum())
         if left == 0:
             break

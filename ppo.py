@@ -20,7 +20,7 @@ Axes: B episodes, T tokens (prompt and response), R response tokens, V vocabular
 are padded on the right; values[:, t] is the value of the state BEFORE response token t."""
 import copy, math, random, runpy, time
 from dataclasses import asdict
-from config import UserError, flag, parse     # before torch: see there
+from config import UserError, parse     # before torch: see there
 import numpy as np
 import torch
 import data, training, world
@@ -279,10 +279,6 @@ def learners(config, policy, reward_model, device):
 
 def main():
     started, (config, origin) = time.perf_counter(), parse("ppo", description=__doc__)
-    for less, more in (("minibatches", "episodes"), ("group", "episodes"), ("ptx_window", "ptx_tokens")):
-        a, b = getattr(config, less), getattr(config, more)
-        if a > b:
-            raise UserError(f"{flag(less)} {a} is more than {flag(more)} {b}")
     folder, device, cast = training.begin("ppo", config, origin)
     policy, tokenizer, _ = training.load_model(folder, "sft", device)
     reward, reward_model = make_reward(config, folder, policy, tokenizer, cast, device)

@@ -3,7 +3,8 @@
     python sample.py --prompt "Who likes tea?" --input "Anna likes tea. Ben lives in Oslo." --num-samples 5
     python sample.py --prompt "请生成一个函数，用于计算两个矩阵的乘积" --execute
     python sample.py --rank mine.jsonl --prompts asked.jsonl --num-samples 4 --temperature 1"""
-import contextlib, json, random, re, sys
+import contextlib, json, random, re, runpy, sys
+from pathlib import Path
 from config import UserError, parse     # before torch: see there
 import data, sandbox, training, world
 from model import load_gpt2
@@ -141,6 +142,8 @@ def main(ask=None):
             f"temperature {config.temperature:g}, seed {config.seed}")
     if config.chat:
         return chat(model, tokenizer, config, cast)
+    if config.rank and config.serve:
+        ask = runpy.run_path(str(Path(__file__).parent / "benchmarks" / "rank_page.py"))["browser"]()
     if config.rank:
         return rank(model, tokenizer, stage, config, cast, folder, ask)
     questions = [(config.prompt, config.input)] if config.prompt else SHOWN if config.compare else []

@@ -38,22 +38,18 @@ def pick_dtype(name, device):
     why = f"probe: fp32 {fp32:.0f}, bf16 {bf16:.0f} GFLOP/s"
     return torch.bfloat16 if bf16 > 1.5 * fp32 else torch.float32, why
 
-def set_up_cpu(n):
-    """The number of CPU threads; by default as many as this process may use, as OpenMP finds it."""
-    torch.set_num_threads(n or torch.get_num_threads())
+def compute(config):
+    """-> (device, autocast, both in words). In bf16 are the forward passes alone: weights, optimiser stay fp32."""
+    torch.set_num_threads(config.threads or torch.get_num_threads())    # by default what OpenMP finds
     # glibc is to keep freed memory: each step allocates the same large tensors, and to fetch and zero their
     # pages anew costs as much as a third of it (`tiny`, bf16, two cores: 26.6k tokens/s, and 42.0k so).
     with contextlib.suppress(OSError, AttributeError):              # macOS and musl have no mallopt
         for option, size in ((-3, 1 << 30), (-1, (1 << 31) - 1)):   # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
             ctypes.CDLL(None).mallopt(option, size)
-    return torch.get_num_threads()
-
-def compute(config):
-    """-> (device, autocast, both in words). In bf16 are the forward passes alone: weights, optimiser stay fp32."""
-    threads, device = set_up_cpu(config.threads), pick_device(config.device)
+    device = pick_device(config.device)
     dtype, why = pick_dtype(config.dtype, device)
     cast = torch.autocast(device.type, dtype, enabled=dtype == torch.bfloat16)
-    return device, cast, f"{device} with {threads} threads, {str(dtype).split('.')[1]} ({why})"
+    return device, cast, f"{device} with {torch.get_num_threads()} threads, {str(dtype).split('.')[1]} ({why})"
 
 def begin(step, config, origin):
     """What every training command does first -> (its folder, device, autocast); says what it found."""

@@ -1,8 +1,8 @@
 """`sample.py --rank` in a browser instead of at the keyboard: one plain page, served to this machine alone.
 
-    python benchmarks/rank_page.py --config tiny --rank mine.jsonl --stage sft --temperature 1
+    python sample.py --serve --config tiny --rank mine.jsonl --stage sft --temperature 1
 
-Takes the flags of sample.py. The page is rank_page.html beside this file; Ctrl-C ends.
+The page is rank_page.html beside this file; Ctrl-C ends.
 """
 import http.server
 import json
@@ -11,8 +11,6 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import sample  # noqa: E402
-import training  # noqa: E402
 from sample import parse_ranking, say  # noqa: E402
 
 
@@ -49,7 +47,3 @@ def browser():
     home = f"127.0.0.1:{server.server_port}/{secrets.token_urlsafe()}/"
     say(f"open http://{home} in a browser on this machine; Ctrl-C here ends")
     return ask
-
-
-if __name__ == "__main__":
-    training.command(lambda: sample.main(ask=browser()))

@@ -226,6 +226,22 @@ def test_a_round_in_the_browser(monkeypatch, capsys, tmp_path):
         [0] * 5 if n == 1 else [QUALITY[answer] for answer in row["responses"]] for n, row in enumerate(rows(path))]
 
 
+def test_serve_is_a_flag_of_sample(monkeypatch, capsys, tmp_path):
+    """`sample.py --rank OUT.jsonl --serve`: a page instead of the keyboard. Usual mistake: the flag is read and nothing changes."""
+    path = tmp_path / "out.jsonl"
+    monkeypatch.setattr(sample, "keyboard", lambda *args: pytest.fail("the keyboard was asked"))
+    monkeypatch.setattr(sample, "answers", lambda model, tokenizer, prompt, n, *rest: sorted(QUALITY)[:n])
+    monkeypatch.setattr(world, "tasks", lambda *args: [SimpleNamespace(parts=PROMPTS[0])])
+    monkeypatch.setattr(training, "finished", lambda *args: True)
+    monkeypatch.setattr(training, "load_model", lambda *args: (MODEL, TOKENIZER, {}))
+    monkeypatch.setattr("sys.argv", ["sample.py", "--serve", "--threads", "2", "--rank", str(path), "--stage", "sft"])
+    with serving(sample.main, capsys) as home:
+        assert request(home)[0] == 200
+        place, _, shown = json.loads(request(home + "question")[1])
+        assert request(home + place, b"2 > 1 = 3 > 4")[0] == 200
+    assert rows(path)[0]["ranks"] == [1, 0, 1, 2] and len(shown) == 4
+
+
 def test_what_the_server_refuses(capsys):
     """Another site in the same browser can send requests here: it lacks the token, or its name stands in Host."""
     given = []
