@@ -6,9 +6,8 @@
     python evaluate.py --config tiny --seeds 3        the recipe three times, mean and range
     python evaluate.py --config headline              an aligned model against one a hundred times its size
 
-Prints tables in Markdown and writes <run>/evaluation.json; an estimate is always {"mean", "low", "high", "n"},
-with its 95 % interval. Temperature 1, except in the keys that end in _greedy. `base_few_shot` is the pretrained
-model, shown three examples of the category before each question; the others read the bare prompt."""
+Prints Markdown, writes <run>/evaluation.json; an estimate is {"mean", "low", "high", "n"}, its 95 % interval.
+Temperature 1, but in keys that end in _greedy. `base_few_shot`: the base, after three examples of the category."""
 import json, math, subprocess, sys
 from itertools import product
 from pathlib import Path
@@ -88,10 +87,10 @@ def win_rate(a, b):
 
 def measure(config, folder, stages, device, cast):
     """Everything about the stages of one run -> what evaluation.json holds."""
-    report = {"seed": config.seed, "seconds": {}, "kl": {}, "pretraining_loss": {}, "win_rate": {}}
+    report = {key: {} for key in "seconds kl pretraining_loss win_rate win_rate_greedy".split()}
     sets = {name: world.tasks(config.per_category * len(world.CATEGORIES), name) for name in SETS}
-    models, verdicts, texts, test = {}, {}, None, sets["test"]
-    report["answers"] = [{"prompt": task.prompt} for task in test[:10]]
+    models, verdicts, texts, test = {}, {"": {}, "_greedy": {}}, None, sets["test"]
+    report |= {"seed": config.seed, "answers": [{"prompt": task.prompt} for task in test[:10]]}
     for stage in stages:
         model, tokenizer, facts = training.load_model(folder, stage, device)
         label = FEW_SHOT if stage == "base" else stage
@@ -101,9 +100,10 @@ def measure(config, folder, stages, device, cast):
             judged = world.judge_many(tasks, [a.text for a in found], [a.ended for a in found])
             for key, value in tabulate(tasks, judged).items():
                 report.setdefault(key + SETS[name] + greedy, {})[label] = value
+            verdicts[greedy][label] = judged        # of the last set, test
             if name == "test" and greedy:
                 report["answers"] = [row | {label: a.text} for row, a in zip(report["answers"], found)]
-        models[stage], verdicts[label], report["seconds"][stage] = model, judged, facts["seconds"]
+        models[stage], report["seconds"][stage] = model, facts["seconds"]
         texts = texts or held_out_text(tokenizer, 0)        # the stages of a run share their tokenizer
         report["pretraining_loss"][label] = {text: held_out_loss(model, held_out_windows(
             ids, model.config.block_size, 64), cast) for text, ids in texts.items()}    # InstructGPT 4.2
@@ -114,12 +114,13 @@ def measure(config, folder, stages, device, cast):
         report["reward_model"] = json.loads((folder / "reward.json").read_text(encoding="utf8"))["measured"]
         if config.best_of > 1:
             for label, judged in best_of(config, folder, models["sft"], tokenizer, test, device, cast)[0].items():
-                verdicts[label] = judged
+                verdicts[""][label] = judged
                 for key, value in tabulate(test, judged).items():
                     report[key][label] = value
-    for a, b in product(verdicts, (FEW_SHOT, "sft", "best_of_4")):
-        if a != b and b in verdicts:
-            report["win_rate"][f"{a}_vs_{b}"] = by_group(test, win_rate(verdicts[a], verdicts[b]))
+    for (greedy, of), b in product(verdicts.items(), (FEW_SHOT, "sft", "best_of_4")):
+        for a in of if b in of else ():
+            if a != b:
+                report[f"win_rate{greedy}"][f"{a}_vs_{b}"] = by_group(test, win_rate(of[a], of[b]))
     return report
 
 # ------------------------------------------------------------------------ what is printed
@@ -134,7 +135,7 @@ COLUMNS = {"gold": (1, 3), "plain": (100, 0), "kept": (100, 0), "stopped": (100,
 
 def tables(report):
     """The report as tables -> [(title, columns, {row: [str]})]"""
-    for key in ("accuracy", "accuracy_greedy", "win_rate"):
+    for key in ("accuracy", "accuracy_greedy", "win_rate", "win_rate_greedy"):
         yield key + ", %", ("overall", *world.CATEGORIES), {
             row: [cell(e, 100, int(name == "overall"), name == "overall") for name, e in found.items()]
             for row, found in report[key].items()}

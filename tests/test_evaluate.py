@@ -166,6 +166,15 @@ def test_the_report(evaluated):
     assert report["hallucination"]["sft"]["n"] == report["hallucination"]["base_few_shot"]["n"], "the same prompts"
 
 
+def test_win_rates_at_both_temperatures(evaluated):
+    """The same pairs, each of its own answers. Usual mistake: the greedy rate is made of the sampled answers."""
+    report, _, _ = evaluated
+    assert set(report["win_rate"]) == set(report["win_rate_greedy"]) == {"sft_vs_base_few_shot", "base_few_shot_vs_sft"}
+    for greedy in ("", "_greedy"):
+        rates = [report[f"win_rate{greedy}"][key]["overall"] for key in ("sft_vs_base_few_shot", "base_few_shot_vs_sft")]
+        assert rates[0]["mean"] + rates[1]["mean"] == pytest.approx(1) and rates[0]["n"] == report["gold"]["sft"]["overall"]["n"]
+
+
 def test_the_tables(evaluated):
     """Markdown, as it stands in the README: a row for each stage; nothing half-written is left."""
     report, printed, folder = evaluated
