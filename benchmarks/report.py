@@ -47,8 +47,19 @@ def draw(report):
     return drawn.getvalue()
 
 
+def weighted(row):
+    """{category: estimate} -> their mean with the weights of InstructGPT's Table 1, with its 95 % interval."""
+    weights = evaluate.world.TABLE_1
+    share = {c: weights[c] / sum(weights.values()) for c in weights}
+    mean = sum(share[c] * row[c]["mean"] for c in share)
+    half = sum((share[c] * (row[c]["high"] - row[c]["low"]) / 2) ** 2 for c in share) ** 0.5
+    return {"mean": mean, "low": mean - half, "high": mean + half, "n": sum(row[c]["n"] for c in share)}
+
+
 def experiments(report):
-    """What tax.py and folds.py have added to the report, as evaluate.tables has it -> [(title, columns, {row: [str]})]"""
+    """The categories as often as the paper's users asked, and what tax.py and folds.py have added -> [(title, columns, {row: [str]})]"""
+    yield "win rate, %, with the weights of InstructGPT's Table 1", ["overall"], {
+        name: [evaluate.cell(weighted(row))] for name, row in report["win_rate"].items()}
     if tasks := report.get("few_shot_tasks"):
         yield "few-shot tasks, %", ["overall", *evaluate.world.CATEGORIES], {
             stage: [evaluate.cell(e, 100, int(name == "overall"), name == "overall") for name, e in row.items()]

@@ -200,6 +200,17 @@ def test_the_page_needs_nothing_else(evaluated):
     assert "<script>" not in text and "&lt;script&gt;" in text
 
 
+def test_the_weights_of_table_1():
+    """Generation is nearly half of what the paper's users asked for. Usual mistake: weights that do not add up to one."""
+    pytest.importorskip("matplotlib")
+    weighted = benchmark("report").weighted
+    row = {c: {"mean": 0.6, "low": 0.5, "high": 0.7, "n": 120} for c in world.CATEGORIES}
+    assert weighted(row)["mean"] == pytest.approx(0.6) and weighted(row)["n"] == 120 * len(row)
+    assert 0.04 < weighted(row)["high"] - 0.6 < 0.1                 # independent categories: narrower than one of them
+    row["generation"] = {"mean": 1.0, "low": 1.0, "high": 1.0, "n": 120}
+    assert weighted(row)["mean"] == pytest.approx(0.6 + 0.4 * 45.6 / 96.4, abs=1e-9)
+
+
 def test_nothing_to_measure(tmp_path, run):
     done = run("evaluate", "--out", tmp_path)
     assert done.code == 2 and done.out.count("\n") == 1 and "python sft.py" in done.out
