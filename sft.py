@@ -197,12 +197,12 @@ def main():
     read = data.read_text if config.data and data.kind_of(config.data) == "text" else data.read_demonstrations
     own = read(config.data) if config.data else None
     tokenizer = make_tokenizer(config, folder, own)
-    corpus, held_out = make_corpus(config, folder, tokenizer, own)
     kept = training.finished(folder, "base") and not config.fresh
     model = (training.load_model(folder, "base")[0] if kept else
              load_gpt2(config.init, tokenizer.size) if config.init else
              training.build(config, tokenizer.size)).to(device)
     config = replace(config, block_size=min(config.block_size, model.config.block_size))    # a base has its own
+    corpus, held_out = make_corpus(config, folder, tokenizer, own)
     if kept:
         say(f"step 0: {folder / 'base.pt'} is there and is kept (--fresh makes it anew)")
     elif config.init and not isinstance(own, str):

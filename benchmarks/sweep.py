@@ -40,7 +40,7 @@ def prepare(run, folder, script):
 
 def code_tasks(n=300):
     """Held-out tasks whose answer is a program."""
-    tasks = world.tasks(2500, "test", 7, ("generation",))
+    tasks = world.tasks(8 * n + 100, "test", 7, ("generation",))       # about one in six is code
     return [task for task in tasks if task.check[0] in ("python", "game")][:n]
 
 

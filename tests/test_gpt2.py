@@ -376,10 +376,10 @@ def test_own_text_goes_on_from_published_weights(gpt2, run, tmp_path):
 @pytest.mark.parametrize("script", ["sft", "sample"])
 def test_init_that_is_none_is_one_line(script, run, gpt2, tmp_path):
     """A missing folder, broken weights, a missing or broken vocabulary: one line, exit code 2."""
-    more, out = (["--prompt", "hi"] if script == "sample" else []), tmp_path / "out"
+    more, out = (["--prompt", "hi"] if script == "sample" else ["--dtype", "fp32"]), tmp_path / "out"
 
     def said(path, *words):
-        done = run(script, "--init", path, "--out", out, *more)
+        done = run(script, "--init", path, "--out", out, "--threads", 2, *more)
         last = done.out.strip().splitlines()[-1]
         assert done.code == 2 and last.startswith("error") and all(word in last for word in words), done.out
 

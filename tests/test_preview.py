@@ -61,6 +61,7 @@ def test_the_command_that_is_named_takes_the_file(run, tmp_path):
 
 def test_what_is_shown_is_what_is_trained_on(run, tmp_path, monkeypatch):
     """Not a second opinion: the ids and the mask are those of encode_example, whatever it returns."""
+    monkeypatch.chdir(tmp_path)         # where there is no tokenizer
     monkeypatch.setattr(preview.data, "encode_example", lambda tokenizer, *parts: (tokenizer.encode("abc"), [True, False, True]))
     assert "\n--- 1\n⟦a⟧b⟦c⟧\n" in run(preview, put("d.jsonl", tmp_path, [GOOD])).out
 
