@@ -18,6 +18,7 @@ import sandbox  # noqa: E402
 linux = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
 HERE = os.path.dirname(os.path.abspath(sandbox.__file__))
 LATE = 5.0  # seconds: a program of 0.5 s CPU time ends well before, even on a busy machine
+WAIT = 20.0  # seconds for a process to start or to end, however busy the machine
 
 
 def quick(code, stdin="", timeout=0.5):
@@ -467,13 +468,13 @@ def test_no_orphans(how):
         groups = set(map(int, main.stdout.readline().split()))
         assert len(groups) == 2
         if how is not None:
-            deadline = time.monotonic() + LATE
+            deadline = time.monotonic() + WAIT
             while len(alive(groups)) < 4 and time.monotonic() < deadline:
                 time.sleep(0.01)
             assert len(alive(groups)) == 4  # two workers, two programs
             main.send_signal(how)
-        main.wait(timeout=LATE)
-    deadline = time.monotonic() + LATE
+        main.wait(timeout=WAIT)
+    deadline = time.monotonic() + WAIT
     while alive(groups, zombies=False) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not alive(groups, zombies=False)  # who buries a dead caller's workers is not up to us
