@@ -151,7 +151,7 @@ ALLOWED = {     # field -> its words, or its least and greatest value; of other 
     **dict.fromkeys("ptx_share sft_dropout ema".split(), (0, 0.999_999)), "dtype": ("auto", "fp32", "bf16"),
     **dict.fromkeys("threads steps seed warmup recital_steps top_k".split(), (0, inf))}
 NOT_ABOVE = {"min_k": "max_k", "minibatches": "episodes", "group": "episodes", "ptx_window": "ptx_tokens"}
-YES_NO = {"": True, "yes": True, "true": True, "1": True, "no": False, "false": False, "0": False}
+YES_NO = {"yes": True, "true": True, "1": True, "no": False, "false": False, "0": False}
 
 def nearest(word, words):
     """" Did you mean ...?", or nothing where no word is near."""
@@ -174,10 +174,10 @@ def parse(step, argv=None, description=""):
         field = flags.get(name.replace("_", "-"))       # --pretrain_steps will do
         if field is None:
             raise UserError(f"unknown argument {name}.{nearest(name, flags)} See python {step}.py --help")
-        if not equals and words and (" " in words[0] or not words[0].startswith("--")):     # else a flag follows
-            value = words.pop(0)
-        elif not equals and field.type is not bool:
+        alone = not equals and (not words or words[0].startswith("--") and " " not in words[0])  # a flag next
+        if alone and field.type is not bool:
             raise UserError(f"{name} needs a value")
+        value = value if equals else "yes" if alone else words.pop(0)
         allowed = ALLOWED.get(field.name, ALLOWED.get(field.type))
         try:                            # what cannot work is said before anything is computed
             given[field.name] = found = YES_NO[value.lower()] if field.type is bool else field.type(value)

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
-from config import PPOConfig, RewardConfig, SFTConfig  # noqa: E402  (before torch: see there)
+from config import PPOConfig, RewardConfig, SFTConfig, flag  # noqa: E402  (before torch: see there)
 
 import evaluate  # noqa: E402
 import training  # noqa: E402
@@ -27,8 +27,7 @@ SCALED = {"sft": (SFTConfig, "pretrain_steps", "demonstrations"), "reward": (Rew
 def flags(stage, fraction):
     """("sft", 0.5) -> ["--pretrain-steps", "2000", ...]"""
     config, *names = SCALED[stage]
-    return [word for name in names
-            for word in ("--" + name.replace("_", "-"), str(round(fraction * getattr(config, name))))]
+    return [word for name in names for word in (flag(name), str(round(fraction * getattr(config, name))))]
 
 
 def run(folder, seed, fraction):

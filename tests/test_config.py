@@ -103,6 +103,7 @@ def test_what_is_unusual_but_works(step, argv, field, value):
     ("evaluate", ["--best-of", "65"], ["--best-of", "from 1 to 64"]),
     ("ppo", ["--init", "gpt2"], ["--init"]),                # it starts from the SFT model
     ("ppo", ["--beta=-0.1"], ["--beta", "from 0"]),
+    ("sft", ["--fresh="], ["--fresh", "bool"]), ("sft", ["--fresh", ""], ["--fresh", "bool"]),   # an empty variable of a shell script
     ("ppo", ["--ema", "1"], ["--ema"]),                     # 1 would keep the weights of the start
 ])
 def test_what_cannot_work_is_one_line(step, argv, words):
