@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from config import PPOConfig, RewardConfig, SFTConfig, flag  # noqa: E402  (before torch: see there)
 
 import evaluate  # noqa: E402

@@ -1,9 +1,15 @@
-"""What the experiments of this folder share: a way to run the project's commands, one after the other."""
+"""What the experiments of this folder share: running the project's commands, and what a run's files say."""
+import json
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import config  # noqa: E402, F401  (before torch: see there)
+
+import training  # noqa: E402
 
 
 def python(*words):
@@ -12,3 +18,16 @@ def python(*words):
     print("\n$ python " + " ".join(words), flush=True)
     if subprocess.run([sys.executable, *words], cwd=ROOT).returncode:
         sys.exit(f"error: python {' '.join(words)} failed. The same command goes on from there")
+
+
+def stored_config(run, stage, kind):
+    """The config that a stage of a run was made with; kind: its class."""
+    said = json.loads((run / f"{stage}.json").read_text(encoding="utf8"))["config"]
+    return kind(**{field.name: said[field.name] for field in fields(kind) if field.name in said})
+
+
+def add_to_evaluation(run, **found):
+    """Writes what an experiment found into the run's evaluation.json, beside what is there."""
+    path = run / "evaluation.json"
+    report = json.loads(path.read_text(encoding="utf8")) if path.exists() else {}
+    training.save_atomically(report | found, path)

@@ -10,7 +10,7 @@ import json
 import random
 import sys
 import tempfile
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -18,6 +18,7 @@ from config import RewardConfig, parse  # noqa: E402  (before torch: see there)
 
 import torch  # noqa: E402
 
+import commands  # noqa: E402
 import data  # noqa: E402
 import evaluate  # noqa: E402
 import reward  # noqa: E402
@@ -52,8 +53,7 @@ def main():
     if len(sys.argv) != 2:
         sys.exit(__doc__)
     run = Path(sys.argv[1])
-    said = json.loads((run / "reward.json").read_text(encoding="utf8"))["config"]
-    config = RewardConfig(**{f.name: said[f.name] for f in fields(RewardConfig) if f.name in said})
+    config = commands.stored_config(run, "reward", RewardConfig)
     device, cast, _ = training.compute(config)
     sft, tokenizer, _ = training.load_model(run, "sft", device)
     size, rows = sft.config.block_size, stored(run, config)
@@ -75,9 +75,7 @@ def main():
         report.append({name: reward.accuracy(scores, reward.preferred(reward.table(ranked_anew(r, answers, who))))
                        for name, who in (("own_labelers", inside), ("held_out_labelers", outside))})
         print(f"fold {k + 1} of {FOLDS}: " + ", ".join(f"{name} {100 * v:.1f} %" for name, v in report[-1].items()), flush=True)
-    path = run / "evaluation.json"
-    whole = json.loads(path.read_text(encoding="utf8")) if path.exists() else {}
-    training.save_atomically(whole | {"labeler_folds": report}, path)
+    commands.add_to_evaluation(run, labeler_folds=report)
     cells = {name.replace("_", " "): [evaluate.cell(evaluate.estimate([fold[name] for fold in report]))] for name in report[0]}
     print("\n" + evaluate.markdown(f"reward model, mean of {FOLDS} folds (95 % interval)", ["%"], cells))
 

@@ -11,7 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from config import parse  # noqa: E402  (before torch: see there)
 
 import commands  # noqa: E402

@@ -10,7 +10,6 @@ import argparse
 import json
 import math
 import sys
-from dataclasses import fields
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -19,6 +18,7 @@ from config import PPOConfig, parse  # noqa: E402  (before torch: see there)
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
+import commands  # noqa: E402
 import evaluate  # noqa: E402
 import ppo  # noqa: E402
 import training  # noqa: E402
@@ -49,8 +49,7 @@ def fit(kl, gain, rl):
 
 def along_ppo(folder, sft, tokenizer, device, cast):
     """-> [{"kl", "proxy", "gold"}], gains over the SFT model on the same held-out prompts."""
-    said = json.loads((folder / "ppo.json").read_text(encoding="utf8"))["config"]
-    config = PPOConfig(**{field.name: said[field.name] for field in fields(PPOConfig) if field.name in said})
+    config = commands.stored_config(folder, "ppo", PPOConfig)
     score, _ = ppo.make_reward(config, folder, sft, tokenizer, cast, device)
     start = ppo.held_out(sft, sft, tokenizer, ppo.prompts_of(config)[1], score, config, cast)
     rows = map(json.loads, (folder / "ppo.jsonl").read_text(encoding="utf8").splitlines())
@@ -75,9 +74,7 @@ def main():
         curves["ppo"] = along_ppo(args.run, sft, tokenizer, device, cast)
     curves["fit"] = {path: {name: fit([p["kl"] for p in points], [p[name] for p in points], path == "ppo")
                             for name in ("proxy", "gold")} for path, points in curves.items() if len(points) > 2}
-    path = args.run / "evaluation.json"
-    report = json.loads(path.read_text(encoding="utf8")) if path.exists() else {}
-    training.save_atomically(report | {"gold_proxy": curves}, path)
+    commands.add_to_evaluation(args.run, gold_proxy=curves)
     for way in ("best_of", "ppo"):
         for p in curves.get(way, []):
             print(f"{way:8} KL {p['kl']:5.2f}   proxy {p['proxy']:+.3f}   gold {p['gold']:+.3f}")

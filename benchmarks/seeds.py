@@ -10,7 +10,7 @@ import json
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import commands  # noqa: E402
 import evaluate  # noqa: E402
 import training  # noqa: E402

@@ -15,7 +15,7 @@ import shutil
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from config import PPOConfig, parse  # noqa: E402  (before torch: see there)
 
 import evaluate  # noqa: E402

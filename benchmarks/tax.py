@@ -7,13 +7,13 @@ beginning of a fourth, "the capital of Peru is"; greedy decoding has to go on wi
 in a training document, except the countries' facts. Adds "few_shot_tasks" to the run's evaluation.json: {stage:
 {"overall" and each category: estimate}}, and prints it in Markdown.
 """
-import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from config import parse  # noqa: E402  (before torch: see there)
 
+import commands  # noqa: E402
 import evaluate  # noqa: E402
 import training  # noqa: E402
 import world  # noqa: E402
@@ -64,9 +64,7 @@ def main():
         training.progress(f"  {stage}: {len(asked):,} passages", always=True)
         found = training.respond(model, tokenizer, prompts, 60, 0, 0, cast)
         report[stage] = evaluate.by_group([task for task, _, _ in asked], right(asked, [a.text for a in found]))
-    path = run / "evaluation.json"
-    whole = json.loads(path.read_text(encoding="utf8")) if path.exists() else {}
-    training.save_atomically(whole | {"few_shot_tasks": report}, path)
+    commands.add_to_evaluation(run, few_shot_tasks=report)
     print("\n" + evaluate.markdown("few-shot tasks, %", ("overall", *world.CATEGORIES), {
         stage: [evaluate.cell(e, 100, int(name == "overall"), name == "overall") for name, e in row.items()]
         for stage, row in report.items()}))
