@@ -49,6 +49,12 @@ def stored(run, config):
     return [(task, [(text, next(verdicts)) for text in answers]) for task, answers in rows]
 
 
+def table(report):
+    """A {name: accuracy} for each fold -> (title, columns, {name: [str]})"""
+    return f"reward model, mean of {len(report)} folds (95 % interval)", ["%"], {
+        name.replace("_", " "): [evaluate.cell(evaluate.estimate([fold[name] for fold in report]))] for name in report[0]}
+
+
 def main():
     if len(sys.argv) != 2:
         sys.exit(__doc__)
@@ -76,8 +82,7 @@ def main():
                        for name, who in (("own_labelers", inside), ("held_out_labelers", outside))})
         print(f"fold {k + 1} of {FOLDS}: " + ", ".join(f"{name} {100 * v:.1f} %" for name, v in report[-1].items()), flush=True)
     commands.add_to_evaluation(run, labeler_folds=report)
-    cells = {name.replace("_", " "): [evaluate.cell(evaluate.estimate([fold[name] for fold in report]))] for name in report[0]}
-    print("\n" + evaluate.markdown(f"reward model, mean of {FOLDS} folds (95 % interval)", ["%"], cells))
+    print("\n" + evaluate.markdown(*table(report)))
 
 
 if __name__ == "__main__":

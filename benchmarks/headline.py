@@ -19,8 +19,8 @@ import evaluate  # noqa: E402
 import training  # noqa: E402
 import world  # noqa: E402
 
-# 0.12 M (a preset of config.py) and 12.4 M parameters, embeddings included. The small one is cheap, so it reads more; the big one has
-# the learning rates of its width.
+# 0.12 M (a preset of config.py) and 12.4 M parameters, embeddings included. The small one is cheap, so it
+# reads more; the big one has the learning rates of its width.
 SMALL = "--config", "headline"
 BIG = ("--n-embd 400 --n-layer 6 --n-head 8 --init-std 0.05 --pretrain-steps 3000 --pretrain-lr 1e-3 "
        "--pretrain-matrix-lr 0.004 --batch-size 64 --lr 7e-4 --matrix-lr 0.0014").split()

@@ -12,6 +12,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import evaluate  # noqa: E402
+import folds  # noqa: E402
+import tax  # noqa: E402
+import world  # noqa: E402
 
 import matplotlib  # noqa: E402
 import numpy as np  # noqa: E402
@@ -49,24 +52,21 @@ def draw(report):
 
 def weighted(row):
     """{category: estimate} -> their mean with the weights of InstructGPT's Table 1, with its 95 % interval."""
-    weights = evaluate.world.TABLE_1
+    weights = world.TABLE_1
     share = {c: weights[c] / sum(weights.values()) for c in weights}
     mean = sum(share[c] * row[c]["mean"] for c in share)
     half = sum((share[c] * (row[c]["high"] - row[c]["low"]) / 2) ** 2 for c in share) ** 0.5
     return {"mean": mean, "low": mean - half, "high": mean + half, "n": sum(row[c]["n"] for c in share)}
 
 
+ADDED = {"few_shot_tasks": tax.table, "labeler_folds": folds.table}      # key of evaluation.json -> its table
+
+
 def experiments(report):
-    """The categories as often as the paper's users asked, and what tax.py and folds.py have added -> [(title, columns, {row: [str]})]"""
+    """The categories as often as the paper's users asked, and what other experiments added -> [(title, columns, {row: [str]})]"""
     yield "win rate, %, with the weights of InstructGPT's Table 1", ["overall"], {
         name: [evaluate.cell(weighted(row))] for name, row in report["win_rate"].items()}
-    if tasks := report.get("few_shot_tasks"):
-        yield "few-shot tasks, %", ["overall", *evaluate.world.CATEGORIES], {
-            stage: [evaluate.cell(e, 100, int(name == "overall"), name == "overall") for name, e in row.items()]
-            for stage, row in tasks.items()}
-    if folds := report.get("labeler_folds"):
-        yield f"reward model, {len(folds)} folds over labelers", ["accuracy, %"], {
-            name.replace("_", " "): [evaluate.cell(evaluate.estimate([fold[name] for fold in folds]))] for name in folds[0]}
+    yield from (table(report[key]) for key, table in ADDED.items() if key in report)
 
 
 def page(report):

@@ -52,6 +52,13 @@ def right(asked, texts):
     return [v.right or text.strip().startswith(answer) for v, text, (_, _, answer) in zip(verdicts, texts, asked)]
 
 
+def table(report):
+    """{stage: {"overall" and each category: estimate}} -> (title, columns, {stage: [str]})"""
+    return "few-shot tasks, %", ("overall", *world.CATEGORIES), {
+        stage: [evaluate.cell(e, 100, int(name == "overall"), name == "overall") for name, e in row.items()]
+        for stage, row in report.items()}
+
+
 def main():
     if len(sys.argv) != 2:
         sys.exit(__doc__)
@@ -65,9 +72,7 @@ def main():
         found = training.respond(model, tokenizer, prompts, 60, 0, 0, cast)
         report[stage] = evaluate.by_group([task for task, _, _ in asked], right(asked, [a.text for a in found]))
     commands.add_to_evaluation(run, few_shot_tasks=report)
-    print("\n" + evaluate.markdown("few-shot tasks, %", ("overall", *world.CATEGORIES), {
-        stage: [evaluate.cell(e, 100, int(name == "overall"), name == "overall") for name, e in row.items()]
-        for stage, row in report.items()}))
+    print("\n" + evaluate.markdown(*table(report)))
 
 
 if __name__ == "__main__":

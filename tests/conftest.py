@@ -50,6 +50,35 @@ def subprocess_of(code, *args, **environment):
                           timeout=120, env={**os.environ, "PYTHONIOENCODING": "utf8", **environment})
 
 
+# The process kills itself at its n-th state of a stage: the new file is half there, the old one not replaced. No handler runs.
+KILLED = """
+import os, signal, sys
+script, stage, nth = sys.argv.pop(1), sys.argv.pop(1), int(sys.argv.pop(1))
+import config, training
+replace, count = os.replace, 0
+def dying(beside, path):
+    global count
+    count += str(path).endswith(stage + ".state")
+    if nth and count == nth:
+        os.truncate(beside, 99)
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(beside, path)
+training.Stage.SAVE_EVERY, os.replace = 0.0, dying
+training.command(__import__(script).main)
+"""
+
+
+def killed_at(nth, script, stage, *args):
+    """`python script.py args`, which a kill -9 ends while it writes the stage's nth state (0: which lives) -> the process."""
+    return subprocess_of(KILLED, script, stage, nth, *args)
+
+
+def same_weights(one, other, stage):
+    """Have both runs the same weights of a stage, bit by bit?"""
+    a, b = (torch.load(folder / f"{stage}.pt", weights_only=True) for folder in (one, other))
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
 def benchmark(name):
     """A file of benchmarks/ as a module."""
     if str(ROOT / "benchmarks") not in sys.path:

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, subprocess_of
+from conftest import TINY, killed_at, same_weights, subprocess_of
 
 import data
 import sft
@@ -282,35 +282,13 @@ def test_a_finished_base_is_kept(tiny_run, tmp_path, run):
     assert same_weights(tmp_path, tiny_run.folder, "sft")
 
 
-def same_weights(one, other, stage):
-    a, b = (training.load(folder / f"{stage}.pt") for folder in (one, other))
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
-KILLED = """
-import os, signal, sys
-stage, nth = sys.argv.pop(1), int(sys.argv.pop(1))
-import sft, training
-training.Stage.SAVE_EVERY = 0.0
-replace, count = os.replace, 0
-def kill(beside, path):         # the worst moment: the new state is written, and not yet in its place
-    global count
-    count += str(path).endswith(stage + ".state")
-    if count == nth:
-        os.kill(os.getpid(), signal.SIGKILL)
-    replace(beside, path)
-os.replace = kill
-training.command(sft.main)
-"""
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
 def test_killed_in_each_step_and_started_again(tiny_run, tmp_path):
     """kill -9 in step 0 and in step 1, in processes of their own: the weights of the undisturbed run, bit by bit."""
     for name in ("tokenizer.json", *(p.name for p in tiny_run.folder.glob("corpus-*"))):    # saves three seconds
         (tmp_path / name).write_bytes((tiny_run.folder / name).read_bytes())
     for stage, nth in (("base", 5), ("sft", 3)):
-        killed = subprocess_of(KILLED, stage, nth, *TINY, "--out", tmp_path)
+        killed = killed_at(nth, "sft", stage, *TINY, "--out", tmp_path)
         assert killed.returncode == -9, killed.stderr
         assert training.load(tmp_path / f"{stage}.state")["step"] == nth - 1
         assert not (tmp_path / f"{stage}.pt").exists()
