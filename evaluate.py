@@ -20,7 +20,7 @@ from training import say
 
 SETS = {"test_phrasing": "_unseen_phrasing", "test_combination": "_unseen_combination", "test": ""}
 FEW_SHOT = "base_few_shot"
-FULL = {"over_optimisation": 3, "tax": 1, "folds": 8, "report": 1}      # minutes on two cores, about
+FULL = {"over_optimisation": 3, "instructions": 1, "tax": 1, "folds": 8, "report": 1}   # minutes, about
 
 def estimate(values):
     """The mean of n numbers with its 95 % interval: Wilson's for a proportion, the normal one otherwise."""

@@ -1,4 +1,4 @@
-"""What the experiments of this folder share: running the project's commands, and what a run's files say."""
+"""What the experiments of this folder share: running the project's commands, what a run's files say, a table."""
 import json
 import subprocess
 import sys
@@ -9,7 +9,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import config  # noqa: E402, F401  (before torch: see there)
 
+import evaluate  # noqa: E402
 import training  # noqa: E402
+import world  # noqa: E402
 
 
 def python(*words):
@@ -31,3 +33,10 @@ def add_to_evaluation(run, **found):
     path = run / "evaluation.json"
     report = json.loads(path.read_text(encoding="utf8")) if path.exists() else {}
     training.save_atomically(report | found, path)
+
+
+def table(title, report):
+    """{stage: {"overall" and each category: estimate}} -> (title, columns, {stage: [str]})"""
+    return title, ("overall", *world.CATEGORIES), {
+        stage: [evaluate.cell(e, 100, int(name == "overall"), name == "overall") for name, e in row.items()]
+        for stage, row in report.items()}

@@ -13,6 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import evaluate  # noqa: E402
 import folds  # noqa: E402
+import instructions  # noqa: E402
 import tax  # noqa: E402
 import world  # noqa: E402
 
@@ -59,7 +60,8 @@ def weighted(row):
     return {"mean": mean, "low": mean - half, "high": mean + half, "n": sum(row[c]["n"] for c in share)}
 
 
-ADDED = {"few_shot_tasks": tax.table, "labeler_folds": folds.table}      # key of evaluation.json -> its table
+ADDED = {"attempted": instructions.table, "constraints": instructions.constraints_table,
+         "few_shot_tasks": tax.table, "labeler_folds": folds.table}      # key of evaluation.json -> its table
 
 
 def experiments(report):

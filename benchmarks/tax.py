@@ -8,6 +8,7 @@ in a training document, except the countries' facts. Adds "few_shot_tasks" to th
 {"overall" and each category: estimate}}, and prints it in Markdown.
 """
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -52,11 +53,7 @@ def right(asked, texts):
     return [v.right or text.strip().startswith(answer) for v, text, (_, _, answer) in zip(verdicts, texts, asked)]
 
 
-def table(report):
-    """{stage: {"overall" and each category: estimate}} -> (title, columns, {stage: [str]})"""
-    return "few-shot tasks, %", ("overall", *world.CATEGORIES), {
-        stage: [evaluate.cell(e, 100, int(name == "overall"), name == "overall") for name, e in row.items()]
-        for stage, row in report.items()}
+table = partial(commands.table, "few-shot tasks, %")
 
 
 def main():

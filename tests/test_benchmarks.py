@@ -8,7 +8,7 @@ from conftest import benchmark
 
 import world
 
-tax, folds, sweep, budgets = map(benchmark, ("tax", "folds", "sweep", "budgets"))
+tax, folds, sweep, budgets, instructions = map(benchmark, ("tax", "folds", "sweep", "budgets", "instructions"))
 
 
 # ---------------------------------------------------------------- few-shot tasks, as the documents are written
@@ -42,6 +42,52 @@ def test_only_a_right_answer_goes_on_right():
     lists = [one for one in asked if one[0].category == "brainstorming" and "\n" not in one[2] and one[0].language == "en"][:5]
     backwards = [", ".join(reversed(answer.split(", "))) for _, _, answer in lists]
     assert lists and all(tax.right(lists, backwards))
+
+
+# ---------------------------------------------------------------- does an answer do what it was told?
+TESTS = functools.cache(functools.partial(world.tasks, 900, "test"))
+
+
+@pytest.mark.parametrize("opener", ["", "Sure! ", "当然！"])
+def test_what_the_labelers_write_attempts_the_task(opener):
+    """The reference, with a habit or without, and where a text leaves the question open the refusal and the invention."""
+    for task in TESTS():
+        assert instructions.attempts(task, opener + task.output), task
+        assert task.answerable or instructions.attempts(task, opener + task.check[1]), task
+
+
+def test_a_wrong_answer_of_the_right_kind_is_an_attempt():
+    """Another capital for a capital, another job for a job, the other label. Usual mistake: it counts as another task."""
+    asked = {"fact_question": 0, "follow_up": 0, "remember": -1}        # which word of the combination names it
+    same = {}
+    for task in TESTS():
+        if task.family in ("sentiment", "topic", *asked):
+            what = task.combinations[0].split()[asked[task.family]] if task.family in asked else ""
+            same.setdefault((task.family, task.language, what), []).append(task)
+    assert sum(map(len, same.values())) > 250
+    for tasks in same.values():
+        for task, other in zip(tasks, tasks[1:]):
+            assert instructions.attempts(task, other.output), (task, other.output)
+
+
+def test_the_answer_to_another_task_does_not_attempt_this_one():
+    """Of nine families out of ten; the rest share their words, as a summary tells what a question about a text asks."""
+    tests, taken, drawn = TESTS(), 0, 0
+    for i, task in enumerate(tests):
+        for other in tests[i + 1:i + 12]:
+            if other.family != task.family and other.language == task.language:
+                taken, drawn = taken + instructions.attempts(task, other.output), drawn + 1
+    assert drawn > 2000 and taken / drawn < 0.1, taken / drawn
+
+
+@pytest.mark.parametrize("family, answer", [
+    ("translation", "Hello."), ("list_function", "The list has two numbers."), ("fact_question", "def f(x): return x"),
+    ("brainstorm", "Red, house"), ("sentiment", "food"), ("topic", "positive"), ("fact_question", "The text does not say."),
+    ("matrix_function", "g = int(input())\ndef f(a): return a"), ("summary", "Anna."), ("sentence", ""), ("reading", "")])
+def test_another_kind_of_answer_is_no_attempt(family, answer):
+    task = next(t for t in TESTS() if t.family == family and t.language == "en" and "Anna" not in t.prompt
+                and "colours" not in t.prompt)
+    assert not instructions.attempts(task, answer), task
 
 
 # ---------------------------------------------------------------- folds over labelers
