@@ -1,8 +1,7 @@
 """Every number of the project, on one page. A config's fields are a step's flags (`--pretrain-steps 500`); a
 value comes from the command line, else from the preset (`--config tiny`), else from the default here."""
-import difflib, os, sys, textwrap
+import difflib, math, os, sys, textwrap
 from dataclasses import dataclass, fields
-from math import inf
 
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "200")    # kernels kept; 1,024 take another 0.3 GB
 if "OMP_WAIT_POLICY" not in os.environ:     # how often an idle thread looks for work before it sleeps:
@@ -147,9 +146,9 @@ CONFIGS = {"sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig, "sample":
 ALLOWED = {     # field -> its words, or its least and greatest value; of other numbers by their type
     "config": tuple(PRESETS), "tokenizer": ("bpe", "gpt2"), "advantage": ("gae", "group"), "best_of": (1, 64),
     "unfinished_score": (-1e6, 1e6), "flash": ("auto", "yes", "no"), "objective": ("reward", "dpo"),
-    "group": (2, 64), "min_k": (2, 9), "max_k": (2, 9), "top_p": (1e-6, 1), int: (1, inf), float: (0, 1e6),
+    "group": (2, 64), "min_k": (2, 9), "max_k": (2, 9), "top_p": (1e-6, 1), int: (1, math.inf), float: (0, 1e6),
     **dict.fromkeys("ptx_share sft_dropout ema".split(), (0, 0.999_999)), "dtype": ("auto", "fp32", "bf16"),
-    **dict.fromkeys("threads steps seed warmup recital_steps top_k".split(), (0, inf))}
+    **dict.fromkeys("threads steps seed warmup recital_steps top_k".split(), (0, math.inf))}
 NOT_ABOVE = {"min_k": "max_k", "minibatches": "episodes", "group": "episodes", "ptx_window": "ptx_tokens"}
 YES_NO = {"yes": True, "true": True, "1": True, "no": False, "false": False, "0": False}
 

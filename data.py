@@ -1,6 +1,5 @@
 """Text <-> tokens <-> batches: tokenizer, prompt template, file formats, masks. Axes: B batch, T tokens."""
-import base64
-import glob, gzip, json, random, re, runpy, zlib
+import base64, glob, gzip, json, random, re, runpy, zlib
 from collections import Counter, defaultdict
 from pathlib import Path
 from unittest import mock

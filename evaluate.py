@@ -8,8 +8,7 @@
 
 Prints Markdown, writes <run>/evaluation.json; an estimate is {"mean", "low", "high", "n"}, its 95 % interval.
 Temperature 1, but in keys that end in _greedy. `base_few_shot`: the base, after three examples of the category."""
-import json, math, subprocess, sys
-from itertools import product
+import itertools, json, math, subprocess, sys
 from pathlib import Path
 from config import PPOConfig, parse     # before torch: see there
 import torch
@@ -94,7 +93,7 @@ def measure(config, folder, stages, device, cast):
     for stage in stages:
         model, tokenizer, facts = training.load_model(folder, stage, device)
         label = FEW_SHOT if stage == "base" else stage
-        for (name, tasks), (temperature, greedy) in product(sets.items(), ((0.0, "_greedy"), (1.0, ""))):
+        for (name, tasks), (temperature, greedy) in itertools.product(sets.items(), ((0.0, "_greedy"), (1.0, ""))):
             training.progress(f"  {label}: {name}{greedy}")
             found = respond(model, tokenizer, tasks, 3 if stage == "base" else None, temperature, config, cast)
             judged = world.judge_many(tasks, [a.text for a in found], [a.ended for a in found])
@@ -117,7 +116,7 @@ def measure(config, folder, stages, device, cast):
                 verdicts[""][label] = judged
                 for key, value in tabulate(test, judged).items():
                     report[key][label] = value
-    for (greedy, of), b in product(verdicts.items(), (FEW_SHOT, "sft", "best_of_4")):
+    for (greedy, of), b in itertools.product(verdicts.items(), (FEW_SHOT, "sft", "best_of_4")):
         for a in of if b in of else ():
             if a != b:
                 report[f"win_rate{greedy}"][f"{a}_vs_{b}"] = by_group(test, win_rate(of[a], of[b]))

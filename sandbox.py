@@ -15,8 +15,7 @@ per program (2 ms: no torch inside). The kernel [K], a Python audit hook [A] and
 This guards against the accidents of a small model; it is NO boundary against an attacker (use a virtual
 machine), who can fool an audit hook from inside, forge what tests in its own text print, or use what raises
 no audit event: os.stat sees which files exist, os.mkfifo makes one. macOS ignores the limit on memory."""
-import atexit, builtins, gc, io, marshal, math, mmap, os, random, resource, select, signal, sys, time  # noqa
-from collections import namedtuple
+import atexit, builtins, collections, gc, io, marshal, math, mmap, os, random, resource, select, signal, sys, time
 from contextlib import suppress
 
 TIMEOUT, PATIENCE = 2.0, 5  # s of CPU time for one program; times that on the wall, as it may sleep or starve
@@ -27,7 +26,7 @@ _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _DENIED = ("os.", "socket.", "subprocess.", "ctypes.", "resource.", "syslog.")
 
 # error: None, 'ErrorName: message', 'timeout', 'memory', 'output' (too much) or 'killed' (any other death)
-Result = namedtuple("Result", "ok stdout error")  # ok: ran to its end, or left by sys.exit(0)
+Result = collections.namedtuple("Result", "ok stdout error")  # ok: ran to its end, or left by sys.exit(0)
 _idle = []  # workers without a job
 os.register_at_fork(after_in_child=_idle.clear)  # they belong to the parent
 
