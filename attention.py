@@ -9,8 +9,7 @@ import torch
 def attention(q, k, v, mask=None, *, causal=False, flash=False):
     """Mix the values of all keys that a query may see, weighted by how well query and key agree.
     q (B,H,Tq,D); k and v (B,H,Tk,D); mask broadcastable to (B,H,Tq,Tk)  ->  (B,H,Tq,D)
-    causal: no query sees a later key. The LAST query sees ALL keys, so a single new token that is decoded
-    against a cache of n keys sees the n keys (RECIPE A3).
+    causal: no query sees a later key; the LAST sees ALL keys, as a new token does those of a cache (RECIPE A3).
     flash: the same numbers from PyTorch's fused kernel, which never stores the (Tq,Tk) weights.
     A query that may attend to nothing returns zeros and sends zero gradients (RECIPE A5)."""
     Tq, Tk = q.shape[-2], k.shape[-2]

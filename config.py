@@ -135,14 +135,12 @@ PRESETS = {"tiny": {},          # preset -> step -> what it changes; tiny: minut
     "small": {"sft": dict(      # 11 M parameters: an hour of a GPU
         init_std=0.05, vocab_size=4096, block_size=512, n_layer=6, n_head=6, n_embd=384, pretrain_steps=5000,
         pretrain_batch=32_768, pretrain_lr=1e-3, pretrain_docs=20_000_000, demonstrations=60_000, lr=5e-4)},
-    "gpt2": {"sft": dict(tokenizer="gpt2", wave_std=0.0,    # GPT-2's shape, 124 M: for own data and a GPU
-        init_std=0.02, block_size=1024, n_layer=12, n_head=12, n_embd=768, pretrain_steps=20_000, lr=1e-4,
-        pretrain_batch=131_072, accumulate=4, pretrain_lr=6e-4, pretrain_docs=20_000_000, warmup=500,
-        matrix_lr=2e-4),
+    "gpt2": {"sft": dict(tokenizer="gpt2", lr=1e-4, matrix_lr=2e-4,     # GPT-2's shape, 124 M: own data, a GPU
+        init_std=0.02, wave_std=0.0, block_size=1024, n_layer=12, n_head=12, n_embd=768, pretrain_steps=20_000,
+        pretrain_batch=131_072, accumulate=4, pretrain_lr=6e-4, pretrain_docs=20_000_000, warmup=500),
         "reward": dict(lr=2e-5, matrix_lr=4e-5, likelihood=False),      # Ziegler et al. 2019; not tried here
         "ppo": dict(lr=1e-5, gain_lr=1e-4, value_lr=2e-5)}}
-CONFIGS = {"sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig, "sample": SampleConfig,
-           "evaluate": EvaluateConfig}
+CONFIGS = dict(sft=SFTConfig, reward=RewardConfig, ppo=PPOConfig, sample=SampleConfig, evaluate=EvaluateConfig)
 ALLOWED = {     # field -> its words, or its least and greatest value; of other numbers by their type
     "config": tuple(PRESETS), "tokenizer": ("bpe", "gpt2"), "advantage": ("gae", "group"), "best_of": (1, 64),
     "unfinished_score": (-1e6, 1e6), "flash": ("auto", "yes", "no"), "objective": ("reward", "dpo"),

@@ -11,8 +11,7 @@ Where this deviates from InstructGPT (Ouyang et al. 2022):
  1. The learning rate, β and γ suit a model 1,000 times smaller, with answers of 15 tokens and other scores.
     The pretraining loss is a mean over tokens; whether the paper's is, it does not say.
  2. About as many pretraining tokens as episode tokens; the paper takes 8 times as many examples.
- 3. The paper is silent on λ (0.95), on the value's clip range (0.2) and on answers that do not end; as in
-    Ziegler et al. 2019 the score of such an answer is replaced by -1.
+ 3. The paper is silent on λ (0.95), the value's clip range (0.2), answers without end (scored -1: Ziegler 2019).
  4. The gain of the last norm learns 200 times as fast: it is around 1, the matrices around 0.08, and most
     wrong answers are one unlikely token. With one rate the policy became no surer in 20,000 episodes.
  5. 20,000 episodes, drawn from fewer prompts than that; the paper has 256,000 of 31,000 prompts.
@@ -238,8 +237,7 @@ def prompts_of(config):
     if not config.data:
         return (world.tasks(config.prompts, "train", config.seed + 2000, world.PRACTICE),
                 world.tasks(config.eval_prompts, "val", config.seed))
-    own = [world.Task("", instruction, input, "", (), history=tuple(history))
-           for instruction, input, history in data.read_prompts(config.data)]
+    own = [world.Task("", *asked, "", (), history=tuple(past)) for *asked, past in data.read_prompts(config.data)]
     return [task for i, task in enumerate(own) if i % 20] or own, own[::20][:config.eval_prompts]
 
 def health(row, past):

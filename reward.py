@@ -8,9 +8,8 @@
 The built-in labelers rank by the exact judge's score, their taste and noise (`world.rank`). The reward
 model sees only their rankings; it is measured against them, and against the judge that it never saw.
 Where this deviates from InstructGPT (Ouyang et al. 2022):
- 1. The score is the head's plus w times the trunk's own log-likelihood of the answer. From a few thousand
-    prompts a head alone does not learn what the SFT model knows already, right from wrong: of held-out
-    pairs it ordered 62 % so, the sum 84 % (seed 1). `--likelihood no` is the paper's form.
+ 1. The score is the head's plus w times the trunk's log-likelihood of the answer: from a few thousand prompts a
+    head alone tells right from wrong in 62 % of pairs, the sum in 84 % (seed 1). `--likelihood no` is the paper's.
  2. Muon and AdamW at rates that suit a small model; fewer prompts a step: 64 would leave too few steps.
  3. Some answers are drawn at other temperatures, some are demonstrations; the paper's are several models'.
  4. Trunk and policy have the same size; the paper uses one 6B reward model for all.
@@ -84,8 +83,7 @@ def margins(scores):
 
 def ranking_loss(scores, ranks):
     """- mean log σ(s_i - s_j) over a prompt's pairs i ≻ j, then the mean over prompts.   InstructGPT Eq. 1
-    scores (N,K), ranks (N,K) as in `preferred` -> scalar. Ties and absent completions make no pair; a
-    prompt without pairs does not count; every other prompt weighs the same, whatever its K."""
+    scores (N,K), ranks (N,K) as in `preferred`. A prompt without a pair does not count, all others alike."""
     pairs = preferred(ranks)                                        # (N,K,K)
     losses = nn.functional.softplus(-margins(scores)).masked_fill(~pairs, 0)    # -log σ(z) = softplus(-z): finite
     n = pairs.sum((1, 2))                                           # (N,) at most C(K,2)

@@ -35,9 +35,8 @@ def run(code, stdin="", timeout=TIMEOUT):
     return run_many([(code, stdin)], timeout)[0]
 
 def run_many(programs, timeout=TIMEOUT, workers=None):
-    """Run programs, each a str or a pair (code, stdin), -> a list of Result in the same order. timeout: CPU
-    seconds for each; workers: how many at once, by default the usable cores, at most 4. No program raises
-    anything here; a wrong argument and a worker that cannot start do."""
+    """Run programs, each a str or a pair (code, stdin) -> [Result] in order. timeout: CPU seconds of each;
+    workers: at once, by default the usable cores, up to 4. No program raises, only a wrong argument or start."""
     jobs = [(program, "") if isinstance(program, str) else tuple(program) for program in programs]
     if not all(len(job) == 2 and all(isinstance(text, str) for text in job) for job in jobs):
         raise TypeError("a program is a str or a pair of them, (code, stdin)")

@@ -1,8 +1,7 @@
 """The built-in data set: instructions with exact answers, the people who answer them, and the judge.
 
-Made from a seed, without a download; words, phrasings and mixes stand in `world.json`. Each task has a `check`
-that decides exactly whether an answer is right: hence only those categories of InstructGPT's Table 1 that can be
-judged so, in English and Chinese, with French as a target language.
+Made from a seed; words and mixes stand in `world.json`. A task's `check` decides exactly whether an answer is
+right: hence only those categories of InstructGPT's Table 1, in English and Chinese, for which one can be written.
 
 A hash decides which side a prompt is on. Two more test sets hold what training never shows: whole phrasings (the
 last of each list) and combinations (an adjective and a noun, a country's capital, one filter and one map)."""
@@ -79,7 +78,7 @@ class Task:
         return (by_hash, "test_phrasing", "test_combination", "")[unseen]
 
 def held_out(family, *combinations):
-    """Is one of these combinations kept from training?"""
+    """Is one of these combinations kept from training? By crc32: the same in every process, unlike hash()."""
     return any(zlib.crc32((family + combination).encode()) % 8 == 0 for combination in combinations)
 
 def _ask(r, phrasings, **words):
@@ -413,8 +412,7 @@ def _items(core):
     return [_normal(re.sub(r"^\d+\. ", "", part.strip())) for part in parts]
 
 def _programs(task, core):
-    """What must be run to judge an answer: [(code, stdin)]. A game's secret is the highest number, approached
-    upwards; then the lowest, approached downwards."""
+    """What to run for a verdict: [(code, stdin)]; a game twice: up to its highest number, down to its lowest."""
     kind, data = task.check
     if kind != "game":
         return [(WORDS["tested"].format(core, data[0]), "")] if kind == "python" else []
