@@ -68,8 +68,7 @@ def tabulate(tasks, verdicts):
             **{name: estimate([getattr(v, name) for v in verdicts]) for name in ("stopped", "plain", "kept")}}
 
 def best_of(config, folder, sft, tokenizer, tasks, device, cast):
-    """Each of best-of-4, 16, 64 up to config.best_of: the answers of SFT that the reward model scores highest
-    -> {best_of_n: verdicts}, the scores and the verdicts of all answers (M,N), N a task."""
+    """Best of n = 4, 16, 64 by the reward model -> {best_of_n: verdicts}; scores and gold of all answers (M,N)."""
     score, _ = make_reward(PPOConfig(), folder, sft, tokenizer, cast, device)
     training.progress(f"  best of {config.best_of}: {len(tasks) * config.best_of:,} answers", always=True)
     many = [task for task in tasks for _ in range(config.best_of)]

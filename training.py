@@ -38,8 +38,7 @@ def pick_dtype(name, device):
 def compute(config):
     """-> (device, autocast, both in words). In bf16 are the forward passes alone: weights, optimiser stay fp32."""
     torch.set_num_threads(config.threads or torch.get_num_threads())    # by default what OpenMP finds
-    # glibc is to keep freed memory: each step allocates the same large tensors, and to fetch and zero their
-    # pages anew costs as much as a third of it (`tiny`, bf16, two cores: 26.6k tokens/s, and 42.0k so).
+    # glibc is to keep freed memory: zeroed pages cost a third of a step (`tiny`, bf16: 26.6k, not 42.0k tokens/s)
     with contextlib.suppress(OSError, AttributeError):              # macOS and musl have no mallopt
         for option, size in ((-3, 1 << 30), (-1, (1 << 31) - 1)):   # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
             ctypes.CDLL(None).mallopt(option, size)
