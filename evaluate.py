@@ -9,7 +9,6 @@
 Prints Markdown, writes <run>/evaluation.json; an estimate is {"mean", "low", "high", "n"}, its 95 % interval.
 Temperature 1, but in keys that end in _greedy. `base_few_shot`: the base, after three examples of the category."""
 import itertools, json, math, subprocess, sys
-from pathlib import Path
 from config import PPOConfig, parse     # before torch: see there
 import torch
 import data, training, world
@@ -154,8 +153,7 @@ def markdown(title, columns, rows):
 
 def benchmark(name, *words):
     """Runs an experiment of benchmarks/ to its end; exits as it does where it fails."""
-    path = Path(__file__).parent / "benchmarks" / f"{name}.py"
-    if code := subprocess.run([sys.executable, path, *map(str, words)]).returncode:
+    if code := subprocess.run([sys.executable, data.BENCHMARKS / f"{name}.py", *map(str, words)]).returncode:
         sys.exit(code)
 
 def main():
