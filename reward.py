@@ -145,9 +145,8 @@ def make_comparisons(config, folder, tokenizer, device, cast):
     """The labelers' rankings, as data.read_comparisons gives them; kept in the folder as JSONL."""
     stages = [name.strip() for name in config.from_.split(",")]
     models = [training.load_model(folder, name, device)[0] for name in stages]
-    made = [(folder / f"{name}.pt").stat().st_mtime_ns for name in stages]
     key = training.seed_of(config.seed, ",".join(stages), config.prompts, config.min_k, config.max_k,
-                           config.max_new_tokens, *made)
+                           config.max_new_tokens, *((folder / f"{name}.pt").stat().st_mtime_ns for name in stages))
     path = folder / f"comparisons-{key:08x}.jsonl"
     if not path.exists():
         tasks = world.tasks(config.prompts, "train", config.seed + 1000, world.PRACTICE)

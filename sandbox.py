@@ -36,7 +36,7 @@ def run(code, stdin="", timeout=TIMEOUT):
 
 def run_many(programs, timeout=TIMEOUT, workers=None):
     """Run programs, each a str or a pair (code, stdin) -> [Result] in order. timeout: CPU seconds of each;
-    workers: at once, by default the usable cores, up to 4. No program raises, only a wrong argument or start."""
+    workers: at once (default: usable cores, up to 4). Raises at a wrong argument, or if a worker cannot start."""
     jobs = [(program, "") if isinstance(program, str) else tuple(program) for program in programs]
     if not all(len(job) == 2 and all(isinstance(text, str) for text in job) for job in jobs):
         raise TypeError("a program is a str or a pair of them, (code, stdin)")
