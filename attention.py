@@ -3,16 +3,13 @@
     Attention(Q, K, V) = softmax(Q Kᵀ / √d_k) V                       Vaswani et al. 2017, Eq. 1
 
 Axes: B batch, H heads, T tokens (Tq queries, Tk keys), D head size. Masks: bool or 0/1, True = may attend."""
-import math
-from functools import reduce
+import functools, math
 import torch
-import torch.nn.functional as F
 
 def attention(q, k, v, mask=None, *, causal=False, flash=False):
     """Mix the values of all keys that a query may see, weighted by how well query and key agree.
     q (B,H,Tq,D); k and v (B,H,Tk,D); mask broadcastable to (B,H,Tq,Tk)  ->  (B,H,Tq,D)
-    causal: no query sees a later key. The LAST query sees ALL keys, so a single new token that is decoded
-    against a cache of n keys sees the n keys (RECIPE A3).
+    causal: no query sees a later key; the LAST sees ALL keys, as a new token does those of a cache (RECIPE A3).
     flash: the same numbers from PyTorch's fused kernel, which never stores the (Tq,Tk) weights.
     A query that may attend to nothing returns zeros and sends zero gradients (RECIPE A5)."""
     Tq, Tk = q.shape[-2], k.shape[-2]
@@ -24,7 +21,7 @@ def attention(q, k, v, mask=None, *, causal=False, flash=False):
         empty = ~mask.bool().any(-1, keepdim=True)           # (B,1,Tq,1), or what broadcasts to it
         mask = mask.bool() | empty
     if flash:
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=kernel_masks)
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=kernel_masks)
     else:
         q = q / math.sqrt(q.shape[-1])                       # here, as Tq·D is less than Tq·Tk
         # One query: q Kᵀ would transpose the whole cache in bf16, a fifth of the time of generation
@@ -50,4 +47,4 @@ def segment_mask(segments):
 def join(*masks):
     """What all of these masks allow; None allows everything."""
     masks = [mask.bool() for mask in masks if mask is not None]
-    return reduce(torch.logical_and, masks) if masks else None
+    return functools.reduce(torch.logical_and, masks) if masks else None

@@ -1,8 +1,7 @@
 """Every number of the project, on one page. A config's fields are a step's flags (`--pretrain-steps 500`); a
 value comes from the command line, else from the preset (`--config tiny`), else from the default here."""
-import difflib, os, sys, textwrap
+import difflib, math, os, sys, textwrap
 from dataclasses import dataclass, fields
-from math import inf
 
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "200")    # kernels kept; 1,024 take another 0.3 GB
 if "OMP_WAIT_POLICY" not in os.environ:     # how often an idle thread looks for work before it sleeps:
@@ -136,20 +135,18 @@ PRESETS = {"tiny": {},          # preset -> step -> what it changes; tiny: minut
     "small": {"sft": dict(      # 11 M parameters: an hour of a GPU
         init_std=0.05, vocab_size=4096, block_size=512, n_layer=6, n_head=6, n_embd=384, pretrain_steps=5000,
         pretrain_batch=32_768, pretrain_lr=1e-3, pretrain_docs=20_000_000, demonstrations=60_000, lr=5e-4)},
-    "gpt2": {"sft": dict(tokenizer="gpt2", wave_std=0.0,    # GPT-2's shape, 124 M: for own data and a GPU
-        init_std=0.02, block_size=1024, n_layer=12, n_head=12, n_embd=768, pretrain_steps=20_000, lr=1e-4,
-        pretrain_batch=131_072, accumulate=4, pretrain_lr=6e-4, pretrain_docs=20_000_000, warmup=500,
-        matrix_lr=2e-4),
+    "gpt2": {"sft": dict(tokenizer="gpt2", lr=1e-4, matrix_lr=2e-4,     # GPT-2's shape, 124 M: own data, a GPU
+        init_std=0.02, wave_std=0.0, block_size=1024, n_layer=12, n_head=12, n_embd=768, pretrain_steps=20_000,
+        pretrain_batch=131_072, accumulate=4, pretrain_lr=6e-4, pretrain_docs=20_000_000, warmup=500),
         "reward": dict(lr=2e-5, matrix_lr=4e-5, likelihood=False),      # Ziegler et al. 2019; not tried here
         "ppo": dict(lr=1e-5, gain_lr=1e-4, value_lr=2e-5)}}
-CONFIGS = {"sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig, "sample": SampleConfig,
-           "evaluate": EvaluateConfig}
+CONFIGS = dict(sft=SFTConfig, reward=RewardConfig, ppo=PPOConfig, sample=SampleConfig, evaluate=EvaluateConfig)
 ALLOWED = {     # field -> its words, or its least and greatest value; of other numbers by their type
     "config": tuple(PRESETS), "tokenizer": ("bpe", "gpt2"), "advantage": ("gae", "group"), "best_of": (1, 64),
     "unfinished_score": (-1e6, 1e6), "flash": ("auto", "yes", "no"), "objective": ("reward", "dpo"),
-    "group": (2, 64), "min_k": (2, 9), "max_k": (2, 9), "top_p": (1e-6, 1), int: (1, inf), float: (0, 1e6),
+    "group": (2, 64), "min_k": (2, 9), "max_k": (2, 9), "top_p": (1e-6, 1), int: (1, math.inf), float: (0, 1e6),
     **dict.fromkeys("ptx_share sft_dropout ema".split(), (0, 0.999_999)), "dtype": ("auto", "fp32", "bf16"),
-    **dict.fromkeys("threads steps seed warmup recital_steps top_k".split(), (0, inf))}
+    **dict.fromkeys("threads steps seed warmup recital_steps top_k".split(), (0, math.inf))}
 NOT_ABOVE = {"min_k": "max_k", "minibatches": "episodes", "group": "episodes", "ptx_window": "ptx_tokens"}
 YES_NO = {"yes": True, "true": True, "1": True, "no": False, "false": False, "0": False}
 

@@ -1,6 +1,5 @@
 """Text <-> tokens <-> batches: tokenizer, prompt template, file formats, masks. Axes: B batch, T tokens."""
-import base64
-import glob, gzip, json, random, re, runpy, zlib
+import base64, glob, gzip, json, random, re, runpy, zlib
 from collections import Counter, defaultdict
 from pathlib import Path
 from unittest import mock
@@ -11,6 +10,7 @@ from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 from torch.nn.utils.rnn import pad_sequence
 from config import UserError
 
+BENCHMARKS = Path(__file__).parent / "benchmarks"       # measurements, and the pages that few readers need
 # Merges never cross these cuts: words with their leading space, digits one by one, punctuation, white space;
 # Latin letters apart from others, so that Chinese sticks to no Latin word. Both re and tiktoken cut by it.
 PATTERN = r" ?[A-Za-zÀ-ɏ]+|[^\W\d_A-Za-zÀ-ɏ]+|\d| ?[^\s\w]+|_+|\s+(?!\S)|\s+"
@@ -271,4 +271,4 @@ def epoch_batches(lengths, batch_size, seed):
     return batches
 
 if __name__ == "__main__":      # python data.py FILE: what is understood of it
-    runpy.run_path(str(Path(__file__).parent / "benchmarks" / "preview.py"), run_name="__main__")
+    runpy.run_path(f"{BENCHMARKS}/preview.py", run_name="__main__")

@@ -8,9 +8,7 @@
 
 Prints Markdown, writes <run>/evaluation.json; an estimate is {"mean", "low", "high", "n"}, its 95 % interval.
 Temperature 1, but in keys that end in _greedy. `base_few_shot`: the base, after three examples of the category."""
-import json, math, subprocess, sys
-from itertools import product
-from pathlib import Path
+import itertools, json, math, subprocess, sys
 from config import PPOConfig, parse     # before torch: see there
 import torch
 import data, training, world
@@ -69,8 +67,7 @@ def tabulate(tasks, verdicts):
             **{name: estimate([getattr(v, name) for v in verdicts]) for name in ("stopped", "plain", "kept")}}
 
 def best_of(config, folder, sft, tokenizer, tasks, device, cast):
-    """Each of best-of-4, 16, 64 up to config.best_of: the answers of SFT that the reward model scores highest
-    -> {best_of_n: verdicts}, the scores and the verdicts of all answers (M,N), N a task."""
+    """Best of n = 4, 16, 64 by the reward model -> {best_of_n: verdicts}; scores and gold of all answers (M,N)."""
     score, _ = make_reward(PPOConfig(), folder, sft, tokenizer, cast, device)
     training.progress(f"  best of {config.best_of}: {len(tasks) * config.best_of:,} answers", always=True)
     many = [task for task in tasks for _ in range(config.best_of)]
@@ -94,7 +91,7 @@ def measure(config, folder, stages, device, cast):
     for stage in stages:
         model, tokenizer, facts = training.load_model(folder, stage, device)
         label = FEW_SHOT if stage == "base" else stage
-        for (name, tasks), (temperature, greedy) in product(sets.items(), ((0.0, "_greedy"), (1.0, ""))):
+        for (name, tasks), (temperature, greedy) in itertools.product(sets.items(), ((0.0, "_greedy"), (1.0, ""))):
             training.progress(f"  {label}: {name}{greedy}")
             found = respond(model, tokenizer, tasks, 3 if stage == "base" else None, temperature, config, cast)
             judged = world.judge_many(tasks, [a.text for a in found], [a.ended for a in found])
@@ -117,7 +114,7 @@ def measure(config, folder, stages, device, cast):
                 verdicts[""][label] = judged
                 for key, value in tabulate(test, judged).items():
                     report[key][label] = value
-    for (greedy, of), b in product(verdicts.items(), (FEW_SHOT, "sft", "best_of_4")):
+    for (greedy, of), b in itertools.product(verdicts.items(), (FEW_SHOT, "sft", "best_of_4")):
         for a in of if b in of else ():
             if a != b:
                 report[f"win_rate{greedy}"][f"{a}_vs_{b}"] = by_group(test, win_rate(of[a], of[b]))
@@ -156,8 +153,7 @@ def markdown(title, columns, rows):
 
 def benchmark(name, *words):
     """Runs an experiment of benchmarks/ to its end; exits as it does where it fails."""
-    path = Path(__file__).parent / "benchmarks" / f"{name}.py"
-    if code := subprocess.run([sys.executable, path, *map(str, words)]).returncode:
+    if code := subprocess.run([sys.executable, data.BENCHMARKS / f"{name}.py", *map(str, words)]).returncode:
         sys.exit(code)
 
 def main():

@@ -179,11 +179,10 @@ Generation = namedtuple("Generation", "responses logprobs")
 def generate(gpt, prompts, max_new_tokens, *, temperature=1.0, top_k=0, top_p=1.0, eos=None, generator=None,
              on_token=None):
     """Continue prompts (lists of ids, any lengths) by at most max_new_tokens -> Generation, or ValueError.
-    temperature 0 is greedy. top_k > 0 keeps the k likeliest tokens, top_p < 1 then the fewest of these that
-    hold so much probability. A response ends with `eos`, or where it and its prompt fill block_size. The
-    log-probs are of what was drawn from: after temperature, top_k and top_p (RECIPE O2; greedy: zeros).
-    generator: same seed, same result; a row's random numbers do not depend on the other rows' ends.
-    on_token: called at each step with the B new ids, None where a response has ended."""
+    top_k > 0 keeps the k likeliest tokens, top_p < 1 then the fewest of these that hold so much probability;
+    temperature 0 is greedy. A response ends with `eos`, or where it and its prompt fill block_size. Log-probs are
+    those drawn from: after temperature, top_k, top_p (RECIPE O2; greedy: zeros). generator: same seed, same result
+    for a row whenever others end. on_token: called at each step with the B new ids, None for an ended response."""
     sizes, block_size = [len(p) for p in prompts], gpt.config.block_size
     if not prompts or min(sizes) == 0:
         raise ValueError("generate needs at least one prompt, and at least one token in each")
@@ -191,15 +190,14 @@ def generate(gpt, prompts, max_new_tokens, *, temperature=1.0, top_k=0, top_p=1.
         raise ValueError(f"a prompt of {max(sizes)} tokens does not fit block_size {block_size}")
     if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
         raise ValueError("generate needs temperature >= 0, top_k >= 0 and 0 < top_p <= 1")
-    B, device = len(prompts), gpt.wte.weight.device
-    steps = max(0, min(max_new_tokens, block_size - min(sizes)))
+    device = gpt.wte.weight.device
+    shape = max(0, min(max_new_tokens, block_size - min(sizes))), len(prompts)      # (R,B)
     # All random numbers at once, so that nothing that happens on the way can shift them.
-    uniform = torch.rand(steps, B, generator=generator, device=generator.device if generator else device)
+    uniform = torch.rand(shape, generator=generator, device=generator.device if generator else device).to(device)
     training = gpt.training
     gpt.eval()
     try:
-        tokens, logprobs, lengths = decode(gpt, prompts, uniform.to(device), (temperature, top_k, top_p), eos,
-                                           on_token)
+        tokens, logprobs, lengths = decode(gpt, prompts, uniform, (temperature, top_k, top_p), eos, on_token)
     finally:
         gpt.train(training)
     responses = [row[:n] for row, n in zip(tokens.tolist(), lengths)]
@@ -222,8 +220,7 @@ def decode(gpt, prompts, uniform, how, eos, on_token):
     cache = KVCache(gpt, B, P + steps)
     for step in range(steps):
         T = P + step
-        # A row that has ended goes on unheard, at a position that exists.
-        positions = (columns[cache.length:T] - pads[:, None]).clamp(0, block_size - 1)
+        positions = (columns[cache.length:T] - pads[:, None]).clamp(0, block_size - 1)  # for ended rows, too
         x = gpt.hidden(new, None if mask is None else mask[:, :T], positions=positions, cache=cache)
         token, logprob = sample(gpt.unembed(x[:, -1]), uniform[step, rows], *how)       # (B,) (B,)
         tokens[rows, step], logprobs[rows, step] = token, logprob * alive
@@ -257,8 +254,7 @@ def sample(logits, uniform, temperature, top_k, top_p):
         probs = probs * (probs.cumsum(-1) - probs < top_p)          # the one that crosses stays
     cumulated = probs.cumsum(-1)
     total = cumulated[:, -1:]                                       # 1, but for rounding and top_p
-    # "Passes" is >, so a token of probability zero is never it; and as u <= 1 - 2**-24 the product stays
-    # below the total, so there always is one.
+    # "Passes" is >, so never at probability zero; u <= 1 - 2**-24 keeps u · total < total: there always is one.
     token = torch.searchsorted(cumulated, uniform[:, None] * total, right=True)     # (B,1)
     logprob = (probs.gather(-1, token) / total).log().squeeze(-1)
     return (token if order is None else order.gather(-1, token)).squeeze(-1), logprob

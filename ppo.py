@@ -9,10 +9,8 @@
     maximise  E[ r(x,y) - β log π(y|x)/π_SFT(y|x) ] + γ E_pretrain[ log π(x) ]            InstructGPT Eq. 2
 Where this deviates from InstructGPT (Ouyang et al. 2022):
  1. The learning rate, β and γ suit a model 1,000 times smaller, with answers of 15 tokens and other scores.
-    The pretraining loss is a mean over tokens; whether the paper's is, it does not say.
- 2. About as many pretraining tokens as episode tokens; the paper takes 8 times as many examples.
- 3. The paper is silent on λ (0.95), on the value's clip range (0.2) and on answers that do not end; as in
-    Ziegler et al. 2019 the score of such an answer is replaced by -1.
+ 2. As many pretraining as episode tokens (paper: 8 times as many examples), their mean loss (paper: silent).
+ 3. The paper is silent on λ (0.95), the value's clip range (0.2), answers without end (scored -1: Ziegler 2019).
  4. The gain of the last norm learns 200 times as fast: it is around 1, the matrices around 0.08, and most
     wrong answers are one unlikely token. With one rate the policy became no surer in 20,000 episodes.
  5. 20,000 episodes, drawn from fewer prompts than that; the paper has 256,000 of 31,000 prompts.
@@ -53,8 +51,7 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
 
 def group_advantages(rewards, mask, group):
     """GRPO's advantage (Shao et al. 2024, 4.1.2), no value model: rewards, mask (B,R) -> (B,R)
-    Neighbours in B, `group` at a time, answer the same prompt: at all tokens of an answer A = (r - mean r)
-    / std r of its whole reward r among them. The KL is in r here; there it is a term of the loss."""
+    A = (r - mean r) / std r over `group` neighbours, answers to one prompt. Here r has the KL, there the loss."""
     r = rewards.sum(1).view(-1, group)
     advantages = (r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + 1e-4)
     return advantages.view(-1, 1) * mask
@@ -238,8 +235,7 @@ def prompts_of(config):
     if not config.data:
         return (world.tasks(config.prompts, "train", config.seed + 2000, world.PRACTICE),
                 world.tasks(config.eval_prompts, "val", config.seed))
-    own = [world.Task("", instruction, input, "", (), history=tuple(history))
-           for instruction, input, history in data.read_prompts(config.data)]
+    own = [world.Task("", *asked, "", (), history=tuple(past)) for *asked, past in data.read_prompts(config.data)]
     return [task for i, task in enumerate(own) if i % 20] or own, own[::20][:config.eval_prompts]
 
 def health(row, past):

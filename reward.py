@@ -8,21 +8,17 @@
 The built-in labelers rank by the exact judge's score, their taste and noise (`world.rank`). The reward
 model sees only their rankings; it is measured against them, and against the judge that it never saw.
 Where this deviates from InstructGPT (Ouyang et al. 2022):
- 1. The score is the head's plus w times the trunk's own log-likelihood of the answer. From a few thousand
-    prompts a head alone does not learn what the SFT model knows already, right from wrong: of held-out
-    pairs it ordered 62 % so, the sum 84 % (seed 1). `--likelihood no` is the paper's form.
+ 1. The score is the head's plus w times the trunk's log-likelihood of the answer: from a few thousand prompts a
+    head alone tells right from wrong in 62 % of pairs, the sum in 84 % (seed 1). `--likelihood no` is the paper's.
  2. Muon and AdamW at rates that suit a small model; fewer prompts a step: 64 would leave too few steps.
  3. Some answers are drawn at other temperatures, some are demonstrations; the paper's are several models'.
  4. Trunk and policy have the same size; the paper uses one 6B reward model for all.
 Axes: B batch, T tokens, C channels, N prompts, K completions of one prompt."""
 import copy, math, random, time
 from dataclasses import asdict
-from itertools import islice
 from config import UserError, parse     # before torch: see there
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
-from torch.nn.utils.rnn import pad_sequence
 import data, training, world
 from model import token_logprobs
 from training import say
@@ -30,7 +26,7 @@ from training import say
 def answer_logprobs(gpt, x, tokens, mask, after):
     """log π of each row's tokens behind its last `after` (an id), zeros elsewhere: x (B,T,C) -> (B,T)"""
     answer = (tokens == after).flip(1).cumsum(1).flip(1) == 0
-    answer &= F.pad(torch.ones_like(tokens[:, 1:]) if mask is None else mask[:, 1:], (1, 0)).bool()
+    answer &= nn.functional.pad(torch.ones_like(tokens[:, 1:]) if mask is None else mask[:, 1:], (1, 0)).bool()
     x, y = x[answer.roll(-1, 1)], tokens[answer]        # the n answer tokens, and what stands before each
     logits = gpt.unembed(x)[:, None].expand(-1, 2, -1)                              # (n,2,V)
     logprobs = token_logprobs(logits, y[:, None].expand(-1, 2))                     # (n,1)
@@ -70,8 +66,7 @@ class ImplicitReward(nn.Module):
         self.policy, self.reference = copy.deepcopy(gpt), copy.deepcopy(gpt).requires_grad_(False)
         self.answer_after, self.beta = answer_after, beta
 
-    def score(self, tokens, mask):
-        """-> (B,)"""
+    def score(self, tokens, mask):          # -> (B,)
         pi, ref = (answer_logprobs(gpt, gpt.hidden(tokens, mask), tokens, mask, self.answer_after).sum(1)
                    for gpt in (self.policy, self.reference))
         return self.beta * (pi - ref)
@@ -87,10 +82,9 @@ def margins(scores):
 
 def ranking_loss(scores, ranks):
     """- mean log σ(s_i - s_j) over a prompt's pairs i ≻ j, then the mean over prompts.   InstructGPT Eq. 1
-    scores (N,K), ranks (N,K) as in `preferred` -> scalar. Ties and absent completions make no pair; a
-    prompt without pairs does not count; every other prompt weighs the same, whatever its K."""
+    scores (N,K), ranks (N,K) as in `preferred`. A prompt without a pair does not count, all others alike."""
     pairs = preferred(ranks)                                        # (N,K,K)
-    losses = F.softplus(-margins(scores)).masked_fill(~pairs, 0)    # -log σ(z) = softplus(-z): finite
+    losses = nn.functional.softplus(-margins(scores)).masked_fill(~pairs, 0)    # -log σ(z) = softplus(-z): finite
     n = pairs.sum((1, 2))                                           # (N,) at most C(K,2)
     return (losses.sum((1, 2)) / n.clamp(min=1)).sum() / (n > 0).sum().clamp(min=1)
 
@@ -109,7 +103,7 @@ def reliability(scores, pairs, bins=5):
 
 def table(rows, filler=-1):
     """N lists of up to K numbers -> (N,K); ranks with -1 where there is none."""
-    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=filler)
+    return nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=filler)
 
 def score_groups(model, groups, pad, cast):
     """N lists of up to K id lists -> scores (N,K), 0 where there is none; one forward a completion."""
@@ -117,7 +111,7 @@ def score_groups(model, groups, pad, cast):
     with cast:
         device = next(model.parameters()).device
         scores = model.score(tokens.to(device), real.to(device))                    # (sum of K,)
-    return pad_sequence(scores.split(list(map(len, groups))), batch_first=True)
+    return nn.utils.rnn.pad_sequence(scores.split(list(map(len, groups))), batch_first=True)
 
 @torch.no_grad()
 def score_many(model, groups, pad, cast, batch=32):
@@ -145,15 +139,14 @@ def sample_groups(models, tokenizer, tasks, config, seed, cast, mixed=True):
                                              temperature, training.seed_of(seed, m, temperature), cast))
     _, texts, ended = zip(*map(found.get, slots))
     judged = zip(texts, world.judge_many([tasks[i] for i, _ in slots], texts, ended))
-    return [list(islice(judged, size)) for size in sizes]
+    return [[next(judged) for _ in range(size)] for size in sizes]
 
 def make_comparisons(config, folder, tokenizer, device, cast):
     """The labelers' rankings, as data.read_comparisons gives them; kept in the folder as JSONL."""
     stages = [name.strip() for name in config.from_.split(",")]
     models = [training.load_model(folder, name, device)[0] for name in stages]
-    made = [(folder / f"{name}.pt").stat().st_mtime_ns for name in stages]
     key = training.seed_of(config.seed, ",".join(stages), config.prompts, config.min_k, config.max_k,
-                           config.max_new_tokens, *made)
+                           config.max_new_tokens, *((folder / f"{name}.pt").stat().st_mtime_ns for name in stages))
     path = folder / f"comparisons-{key:08x}.jsonl"
     if not path.exists():
         tasks = world.tasks(config.prompts, "train", config.seed + 1000, world.PRACTICE)

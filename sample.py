@@ -4,7 +4,6 @@
     python sample.py --prompt "请生成一个函数，用于计算两个矩阵的乘积" --execute
     python sample.py --rank mine.jsonl --prompts asked.jsonl --num-samples 4 --temperature 1"""
 import contextlib, json, random, re, runpy, sys
-from pathlib import Path
 from config import UserError, parse     # before torch: see there
 import data, sandbox, training, world
 from model import load_gpt2
@@ -143,7 +142,7 @@ def main(ask=None):
     if config.chat:
         return chat(model, tokenizer, config, cast)
     if config.rank and config.serve:
-        ask = runpy.run_path(str(Path(__file__).parent / "benchmarks" / "rank_page.py"))["browser"]()
+        ask = runpy.run_path(f"{data.BENCHMARKS}/rank_page.py")["browser"]()
     if config.rank:
         return rank(model, tokenizer, stage, config, cast, folder, ask)
     questions = [(config.prompt, config.input)] if config.prompt else SHOWN if config.compare else []

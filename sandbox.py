@@ -15,8 +15,7 @@ per program (2 ms: no torch inside). The kernel [K], a Python audit hook [A] and
 This guards against the accidents of a small model; it is NO boundary against an attacker (use a virtual
 machine), who can fool an audit hook from inside, forge what tests in its own text print, or use what raises
 no audit event: os.stat sees which files exist, os.mkfifo makes one. macOS ignores the limit on memory."""
-import atexit, builtins, gc, io, marshal, math, mmap, os, random, resource, select, signal, sys, time  # noqa
-from collections import namedtuple
+import atexit, builtins, collections, gc, io, marshal, math, mmap, os, random, resource, select, signal, sys, time
 from contextlib import suppress
 
 TIMEOUT, PATIENCE = 2.0, 5  # s of CPU time for one program; times that on the wall, as it may sleep or starve
@@ -27,7 +26,7 @@ _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _DENIED = ("os.", "socket.", "subprocess.", "ctypes.", "resource.", "syslog.")
 
 # error: None, 'ErrorName: message', 'timeout', 'memory', 'output' (too much) or 'killed' (any other death)
-Result = namedtuple("Result", "ok stdout error")  # ok: ran to its end, or left by sys.exit(0)
+Result = collections.namedtuple("Result", "ok stdout error")  # ok: ran to its end, or left by sys.exit(0)
 _idle = []  # workers without a job
 os.register_at_fork(after_in_child=_idle.clear)  # they belong to the parent
 
@@ -36,9 +35,8 @@ def run(code, stdin="", timeout=TIMEOUT):
     return run_many([(code, stdin)], timeout)[0]
 
 def run_many(programs, timeout=TIMEOUT, workers=None):
-    """Run programs, each a str or a pair (code, stdin), -> a list of Result in the same order. timeout: CPU
-    seconds for each; workers: how many at once, by default the usable cores, at most 4. No program raises
-    anything here; a wrong argument and a worker that cannot start do."""
+    """Run programs, each a str or a pair (code, stdin) -> [Result] in order. timeout: CPU seconds of each;
+    workers: at once (default: usable cores, up to 4). Raises at a wrong argument, or if a worker cannot start."""
     jobs = [(program, "") if isinstance(program, str) else tuple(program) for program in programs]
     if not all(len(job) == 2 and all(isinstance(text, str) for text in job) for job in jobs):
         raise TypeError("a program is a str or a pair of them, (code, stdin)")

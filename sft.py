@@ -151,8 +151,7 @@ def learn(config, folder, name, model, steps, warmup, rates, batch, check, cast,
             found = ", ".join(f"{text} {loss:.3f}" for text, loss in losses.items())
             say(f"  {name} {step + 1}: held-out loss {found} nats a token")
             metrics |= {f"val_{text}": loss for text, loss in losses.items()}
-        read = sum(int((labels if real is None else real).sum()) for _, real, labels in micro)
-        stage.log(read, **metrics)
+        stage.log(sum(int((labels if real is None else real).sum()) for _, real, labels in micro), **metrics)
     stage.finish(model.state_dict(), model=asdict(model.config), losses=losses, **facts)
 
 def pretrain(config, folder, model, corpus, held_out, cast):

@@ -3,19 +3,16 @@
 A run is a folder. Each stage of it (base, sft, ...) leaves <stage>.pt (weights), <stage>.json (config, time)
 and <stage>.jsonl (an object a step); while it trains, <stage>.state holds all that is needed to go on. Resume
 is exact (same machine and threads): a step depends on weights, optimiser and (seed, stage, step) alone."""
-import contextlib, ctypes, json, math, os, sys, time, timeit, zlib
-from collections import namedtuple
-from functools import partial
+import collections, contextlib, ctypes, functools, json, math, os, resource, sys, time, timeit, zlib
 from pathlib import Path
-from resource import RUSAGE_SELF, getrusage
 import numpy as np
 import torch
 from config import YES_NO, UserError, show
 from data import Tokenizer
 from model import GPT, GPTConfig, decay_groups, generate
 
-Answer = namedtuple("Answer", "ids text ended")     # ended: by itself, not by the limit or the context
-adamw = partial(torch.optim.AdamW, betas=(0.9, 0.95), eps=1e-8, fused=True)     # GPT-3's and InstructGPT's β
+Answer = collections.namedtuple("Answer", "ids text ended")     # ended: by itself, not by the limit or the context
+adamw = functools.partial(torch.optim.AdamW, betas=(0.9, 0.95), eps=1e-8, fused=True)     # β as in InstructGPT
 MADE_BY = {"base": "sft.py", "sft": "sft.py", "dpo": "reward.py --objective dpo",    # stage -> command, in order
            "grpo": "ppo.py --advantage group", "ppo_no_ptx": "ppo.py --ptx-coef 0", "ppo": "ppo.py"}
 
@@ -41,8 +38,7 @@ def pick_dtype(name, device):
 def compute(config):
     """-> (device, autocast, both in words). In bf16 are the forward passes alone: weights, optimiser stay fp32."""
     torch.set_num_threads(config.threads or torch.get_num_threads())    # by default what OpenMP finds
-    # glibc is to keep freed memory: each step allocates the same large tensors, and to fetch and zero their
-    # pages anew costs as much as a third of it (`tiny`, bf16, two cores: 26.6k tokens/s, and 42.0k so).
+    # glibc is to keep freed memory: zeroed pages cost a third of a step (`tiny`, bf16: 26.6k, not 42.0k tokens/s)
     with contextlib.suppress(OSError, AttributeError):              # macOS and musl have no mallopt
         for option, size in ((-3, 1 << 30), (-1, (1 << 31) - 1)):   # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
             ctypes.CDLL(None).mallopt(option, size)
@@ -221,7 +217,7 @@ class Stage:
         self.history.append({"step": self.step + 1, **metrics})
         done, spent = self.step + 1, time.perf_counter() - self.began
         found = "  ".join(f"{k} {metrics[k]:.3f}" for k in shown or metrics if k in metrics and k != "lr")
-        peak = getrusage(RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)
         progress(f"  {self.name} {done}/{self.steps}  {found}  {self.tokens / spent:,.0f} tokens/s  "
                  f"{peak:.2f} GB  {clock(spent / done * (self.steps - done))} left", done in (1, self.steps))
 

@@ -1,18 +1,14 @@
 """The built-in data set: instructions with exact answers, the people who answer them, and the judge.
 
-Made from a seed, without a download; words, phrasings and mixes stand in `world.json`. Each task has a `check`
-that decides exactly whether an answer is right: hence only those categories of InstructGPT's Table 1 that can be
-judged so, in English and Chinese, with French as a target language.
+Made from a seed; words and mixes stand in `world.json`. A task's `check` decides exactly whether an answer is
+right: hence only those categories of InstructGPT's Table 1, in English and Chinese, for which one can be written.
 
 A hash decides which side a prompt is on. Two more test sets hold what training never shows: whole phrasings (the
 last of each list) and combinations (an adjective and a noun, a country's capital, one filter and one map)."""
-import json, random, re
+import functools, itertools, json, random, re, zlib
 from collections import namedtuple
 from dataclasses import dataclass, replace
-from functools import partial
-from itertools import accumulate
 from pathlib import Path
-from zlib import crc32    # the same in every process, unlike hash()
 import sandbox
 
 WORDS = json.loads((Path(__file__).parent / "world.json").read_text(encoding="utf8"))
@@ -41,7 +37,7 @@ def noun_phrase(lang, noun, adjective=None, article="the"):
     phrase = GRAMMAR["article"][column][article].format(**noun) + SPACE[lang].join(words)
     return BEFORE_VOWEL.sub(lambda match: GRAMMAR["before_vowel"][match[1]], phrase)
 
-english, french, chinese = (partial(noun_phrase, lang) for lang in ("en", "fr", "zh"))
+english, french, chinese = (functools.partial(noun_phrase, lang) for lang in ("en", "fr", "zh"))
 SENTENCE = {lang: GRAMMAR["sentence"][lang].format(*(       # a regular expression
     "|".join(row[c] for row in rows for c in columns if c in row) for rows in (ADJECTIVES, NOUNS, VERBS)))
     for lang, columns in {"en": ("en", "en_past"), "zh": ("zh",)}.items()}
@@ -77,13 +73,13 @@ class Task:
         """The one split it belongs to; "" for a task that is unseen in two ways."""
         if self.instruction in SHOWN:           # is never trained on
             return "test"
-        by_hash = {0: "test", 1: "test", 2: "val"}.get(crc32(self.prompt.encode()) % 20, "train")
+        by_hash = {0: "test", 1: "test", 2: "val"}.get(zlib.crc32(self.prompt.encode()) % 20, "train")
         unseen = self.unseen_phrasing + 2 * held_out(self.family, *self.combinations)
         return (by_hash, "test_phrasing", "test_combination", "")[unseen]
 
 def held_out(family, *combinations):
-    """Is one of these combinations kept from training?"""
-    return any(crc32((family + combination).encode()) % 8 == 0 for combination in combinations)
+    """Is one of these combinations kept from training? By crc32: the same in every process, unlike hash()."""
+    return any(zlib.crc32((family + combination).encode()) % 8 == 0 for combination in combinations)
 
 def _ask(r, phrasings, **words):
     """One of the phrasings, filled in -> (text, is it the one held out?)."""
@@ -324,7 +320,7 @@ def prose(split="train"):
     passages = {"train": [], "val": []}
     for name, text in sorted(pydoc_data.topics.topics.items()):
         lines = text.splitlines()
-        side = "val" if crc32(name.encode()) % 10 == 0 else "train"
+        side = "val" if zlib.crc32(name.encode()) % 10 == 0 else "train"
         passages[side] += [lines[i:i + 16] for i in range(0, len(lines), 16)]
     # topics quote each other: nothing that shares a line with the held-out text is trained on
     shared = {line for passage in passages["val"] for line in passage if len(line) > 30}
@@ -379,7 +375,7 @@ def write(r, task, labeler):
     answer = task.check[1] if not task.answerable and r.random() < labeler.guess else task.output
     care, roll = CARE.get(task.category, 1.0), r.random()
     gap = "\n" if "\n" in answer else SPACE[task.language]
-    for habit, rate in zip(Labeler._fields[:3], accumulate(labeler[:3])):
+    for habit, rate in zip(Labeler._fields[:3], itertools.accumulate(labeler[:3])):
         if roll < care * rate:
             said = r.choice(HABITS[task.language][habit])
             return answer + gap + said if habit == "closer" else said + gap + answer
@@ -416,8 +412,7 @@ def _items(core):
     return [_normal(re.sub(r"^\d+\. ", "", part.strip())) for part in parts]
 
 def _programs(task, core):
-    """What must be run to judge an answer: [(code, stdin)]. A game's secret is the highest number, approached
-    upwards; then the lowest, approached downwards."""
+    """What to run for a verdict: [(code, stdin)]; a game twice: up to its highest number, down to its lowest."""
     kind, data = task.check
     if kind != "game":
         return [(WORDS["tested"].format(core, data[0]), "")] if kind == "python" else []
