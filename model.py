@@ -137,11 +137,6 @@ def token_positions(T, mask, segments, device):
     starts = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0))     # (B,T) True where one begins
     return before - (before * starts).cummax(1).values
 
-def decay_groups(model, weight_decay):
-    """Optimiser groups: matrices and embeddings decay, norms and biases do not (RECIPE A8)."""
-    return [{"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": weight_decay},
-            {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}]
-
 def token_logprobs(logits, tokens):
     """log π(token | what stands before it): logits (B,T,V), tokens (B,T) -> (B,T-1), >= fp32."""
     at_least_fp32 = torch.promote_types(logits.dtype, torch.float32)

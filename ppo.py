@@ -51,7 +51,8 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
 
 def group_advantages(rewards, mask, group):
     """GRPO's advantage (Shao et al. 2024, 4.1.2), no value model: rewards, mask (B,R) -> (B,R)
-    A = (r - mean r) / std r over `group` neighbours, answers to one prompt. Here r has the KL, there the loss."""
+    Neighbours in B, `group` at a time, answer the same prompt: at all tokens of an answer A = (r - mean r)
+    / std r of its whole reward r among them. The KL is in r here; there it is a term of the loss."""
     r = rewards.sum(1).view(-1, group)
     advantages = (r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + 1e-4)
     return advantages.view(-1, 1) * mask

@@ -66,7 +66,8 @@ class ImplicitReward(nn.Module):
         self.policy, self.reference = copy.deepcopy(gpt), copy.deepcopy(gpt).requires_grad_(False)
         self.answer_after, self.beta = answer_after, beta
 
-    def score(self, tokens, mask):          # -> (B,)
+    def score(self, tokens, mask):
+        """-> (B,)"""
         pi, ref = (answer_logprobs(gpt, gpt.hidden(tokens, mask), tokens, mask, self.answer_after).sum(1)
                    for gpt in (self.policy, self.reference))
         return self.beta * (pi - ref)
@@ -82,7 +83,8 @@ def margins(scores):
 
 def ranking_loss(scores, ranks):
     """- mean log σ(s_i - s_j) over a prompt's pairs i ≻ j, then the mean over prompts.   InstructGPT Eq. 1
-    scores (N,K), ranks (N,K) as in `preferred`. A prompt without a pair does not count, all others alike."""
+    scores (N,K), ranks (N,K) as in `preferred` -> scalar. Ties and absent completions make no pair; a prompt
+    without pairs does not count; every other prompt weighs the same, whatever its K."""
     pairs = preferred(ranks)                                        # (N,K,K)
     losses = nn.functional.softplus(-margins(scores)).masked_fill(~pairs, 0)    # -log σ(z) = softplus(-z): finite
     n = pairs.sum((1, 2))                                           # (N,) at most C(K,2)

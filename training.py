@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from config import YES_NO, UserError, show
 from data import Tokenizer
-from model import GPT, GPTConfig, decay_groups, generate
+from model import GPT, GPTConfig, generate
 
 Answer = collections.namedtuple("Answer", "ids text ended")     # ended: by itself, not by the limit or the context
 adamw = functools.partial(torch.optim.AdamW, betas=(0.9, 0.95), eps=1e-8, fused=True)     # β as in InstructGPT
@@ -71,8 +71,9 @@ def muon_and_adamw(model, matrix_lr, lr, weight_decay):
     Muon steps by (about) the nearest orthogonal matrix to the momentum: a rare direction learns as fast as a
     common one. Random lists of 128 words, repeated, are copied after 250 steps, by AdamW not after 400."""
     matrices = [p for name, p in model.named_parameters() if "h." in name and p.dim() == 2]
-    groups = decay_groups(model, weight_decay)                      # the matrices are in the first of them
-    groups[0]["params"] = [p for p in groups[0]["params"] if all(p is not matrix for matrix in matrices)]
+    others = [p for name, p in model.named_parameters() if not ("h." in name and p.dim() == 2)]
+    groups = [{"params": [p for p in others if p.dim() >= 2], "weight_decay": weight_decay},
+              {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0}]  # norms, biases (RECIPE A8)
     muon = torch.optim.Muon(matrices, lr=matrix_lr, momentum=0.95, weight_decay=weight_decay, ns_steps=3)
     return [adamw(groups, lr=lr), muon]
 
