@@ -25,6 +25,7 @@ class TrainConfig(CommandConfig):  # what every training step understands
     resume: bool = False        # an interrupted run is continued anyway; insist that there is one
     fresh: bool = False         # begin anew, even where a finished or an interrupted run is there
     clip: float = 1.0           # the largest norm of the gradient
+    lora_rank: int = 0          # steps 1 to 3: above 0 only adapters of this rank learn (LoRA); 0 = all weights
 
 @dataclass(frozen=True)
 class SFTConfig(TrainConfig):   # step 0, pretraining, and step 1, supervised fine-tuning
@@ -51,7 +52,6 @@ class SFTConfig(TrainConfig):   # step 0, pretraining, and step 1, supervised fi
     lr: float = 2e-3
     matrix_lr: float = 0.004
     ptx_share: float = 0.1      # pretraining sequences among the fine-tuning ones (InstructGPT C.3: 10 %)
-    sft_dropout: float = 0.0    # residual dropout in step 1 (the paper's baseline: 0.2, over 16 epochs)
     accumulate: int = 1         # both: micro-batches an optimiser step
     weight_decay: float = 0.1
     warmup: int = 50            # optimiser steps until the peak of the learning rate
@@ -145,8 +145,8 @@ ALLOWED = {     # field -> its words, or its least and greatest value; of other 
     "config": tuple(PRESETS), "tokenizer": ("bpe", "gpt2"), "advantage": ("gae", "group"), "best_of": (1, 64),
     "unfinished_score": (-1e6, 1e6), "flash": ("auto", "yes", "no"), "objective": ("reward", "dpo"),
     "group": (2, 64), "min_k": (2, 9), "max_k": (2, 9), "top_p": (1e-6, 1), int: (1, math.inf), float: (0, 1e6),
-    **dict.fromkeys("ptx_share sft_dropout ema".split(), (0, 0.999_999)), "dtype": ("auto", "fp32", "bf16"),
-    **dict.fromkeys("threads steps seed warmup recital_steps top_k".split(), (0, math.inf))}
+    **dict.fromkeys("ptx_share ema".split(), (0, 0.999_999)), "dtype": ("auto", "fp32", "bf16"),
+    **dict.fromkeys("threads steps seed warmup recital_steps top_k lora_rank".split(), (0, math.inf))}
 NOT_ABOVE = {"min_k": "max_k", "minibatches": "episodes", "group": "episodes", "ptx_window": "ptx_tokens"}
 YES_NO = {"yes": True, "true": True, "1": True, "no": False, "false": False, "0": False}
 

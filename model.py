@@ -1,7 +1,7 @@
-"""A GPT in one file: GPT-2 (Radford et al. 2019), and its published weights; KV cache, sampling.
+"""A GPT in one file: GPT-2 (Radford et al. 2019), and its published weights; KV cache, sampling; LoRA.
 
 Axes: B batch, T tokens (P of a prompt, R of a response), V vocabulary, C channels, H heads, D = C/H, L layers"""
-import json, math
+import copy, json, math
 from collections import OrderedDict, namedtuple
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,12 +36,20 @@ def by_hand_is_faster(q):
     B, _, Tq, _ = q.shape
     return q.device.type == "cpu" and (B >= 16 if Tq == 1 else q.dtype == torch.bfloat16 and Tq <= 512)
 
+class Linear(nn.Linear):
+    """W x + b; after `add_lora` W (out,in) is frozen, and A (r,in) and B (out,r) learn."""
+    scale = 0.0                                                     # α/r; 0: without A and B
+
+    def forward(self, x):                                           # (...,in) -> (...,out)
+        y = super().forward(x)                  # W x + b + (α/r) B A x                     Hu et al. 2021, Eq. 3
+        return y + self.scale * F.linear(F.linear(x, self.A), self.B) if self.scale else y
+
 class SelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_head, self.flash = config.n_head, config.flash
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)   # q, k and v in one product
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd)   # q, k and v in one product
+        self.c_proj = Linear(config.n_embd, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, mask, causal, cache, layer):               # x (B,T,C)
@@ -61,8 +69,8 @@ class Block(nn.Module):
         self.attn = SelfAttention(config)
         self.ln_2 = nn.LayerNorm(C)
         self.mlp = nn.Sequential(OrderedDict(   # GELU's tanh form, as GPT-2: erf shifts the logits (RECIPE A6)
-            c_fc=nn.Linear(C, 4 * C), gelu=nn.GELU(approximate="tanh"),                 # (B,T,4C)
-            c_proj=nn.Linear(4 * C, C), dropout=nn.Dropout(config.dropout)))            # (B,T,C)
+            c_fc=Linear(C, 4 * C), gelu=nn.GELU(approximate="tanh"),                 # (B,T,4C)
+            c_proj=Linear(4 * C, C), dropout=nn.Dropout(config.dropout)))            # (B,T,C)
 
     def forward(self, x, mask, causal, cache, layer):               # x (B,T,C)
         # Pre-norm: the stream x itself is never normalised, so gradients pass it unhindered.
@@ -253,6 +261,34 @@ def sample(logits, uniform, temperature, top_k, top_p):
     token = torch.searchsorted(cumulated, uniform[:, None] * total, right=True)     # (B,1)
     logprob = (probs.gather(-1, token) / total).log().squeeze(-1)
     return (token if order is None else order.gather(-1, token)).squeeze(-1), logprob
+
+def add_lora(gpt, rank, alpha=16.0):
+    """Freezes the GPT, in place; at the matrices of its blocks an A and a B learn (see Linear). -> gpt
+    Rank 0: nothing happens. B = 0: at first nothing is added."""
+    if rank:
+        gpt.requires_grad_(False)
+        for layer in [m for m in gpt.modules() if isinstance(m, Linear)]:
+            W, layer.scale = layer.weight, alpha / rank
+            layer.A = nn.Parameter(W.new_empty(rank, W.shape[1]).normal_(std=W.shape[1] ** -0.5))
+            layer.B = nn.Parameter(W.new_zeros(W.shape[0], rank))
+    return gpt
+
+@torch.no_grad()
+def merge_lora(gpt):
+    """W becomes W + (α/r) B A, and the adapters go, in place: a plain GPT again, all of which may learn. -> gpt"""
+    for layer in [m for m in gpt.modules() if isinstance(m, Linear) and m.scale]:
+        layer.weight = nn.Parameter(layer.weight + layer.scale * layer.B @ layer.A)
+        del layer.A, layer.B, layer.scale
+    return gpt.requires_grad_()
+
+def learnt(model):
+    """Its state without what is frozen: with adapters, kilobytes."""
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    return {name: x for name, x in model.state_dict().items() if name not in frozen}
+
+def twin(model):
+    """A copy that shares what is frozen."""
+    return copy.deepcopy(model, {id(p): p for p in model.parameters() if not p.requires_grad})
 
 # ------------------------------------------------------------------------ GPT-2's published weights
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

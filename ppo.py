@@ -17,12 +17,11 @@ Where this deviates from InstructGPT (Ouyang et al. 2022):
 Axes: B episodes, T tokens (prompt and response), R response tokens, V vocabulary, C channels. Tensors (B,R)
 are padded on the right; values[:, t] is the value of the state BEFORE response token t."""
 import copy, math, random, runpy, time
-from dataclasses import asdict
-from config import UserError, parse     # before torch: see there
+from config import UserError     # before torch: see there
 import numpy as np
 import torch
 import data, training, world
-from model import token_logprobs
+from model import add_lora, token_logprobs, twin
 from reward import RewardModel, encode, score_many
 from sft import accumulate, plain_text
 from training import say
@@ -261,30 +260,32 @@ def health(row, past):
 MEASURED = {"gold": "gold", "right": "right", "proxy": "score", "held_out_kl": "KL in nats an answer"}
 SHOWN = "score kl entropy length eos_rate ptx_loss rollout_s scoring_s update_s ptx_s".split()  # as it runs
 
-def learners(config, policy, reward_model, device):
+def learners(config, reference, reward_model, device):
     """What changes from step to step -> {name: model or optimiser}, without a value model for GRPO."""
-    gain = policy.ln_f.weight                                           # see deviation 4
+    torch.manual_seed(training.seed_of(config.seed, "value"))
+    rank = config.lora_rank     # with adapters the policy, its EMA and the reference share the frozen weights
+    policy = add_lora(twin(reference.requires_grad_(not rank)), rank)
+    gain = policy.ln_f.weight = torch.nn.Parameter(policy.ln_f.weight.detach().clone())     # see deviation 4
     groups = [{"params": [p for p in policy.parameters() if p is not gain]},
               {"params": [gain], "lr": config.gain_lr}]
-    parts = {"policy": policy, "ema": copy.deepcopy(policy),
+    parts = {"policy": policy, "ema": twin(policy),
              "adam": training.adamw(groups, config.lr, weight_decay=0.0)}
     if config.advantage == "gae":
-        torch.manual_seed(training.seed_of(config.seed, "value"))
-        parts["value"] = copy.deepcopy(reward_model or RewardModel(policy)).to(device)
+        parts["value"] = value = copy.deepcopy(reward_model or RewardModel(reference)).to(device)
+        add_lora(value.trunk, rank)
         parts["value_adam"] = training.adamw(parts["value"].parameters(), config.value_lr, weight_decay=0.0)
     return parts
 
 def main():
-    started, (config, origin) = time.perf_counter(), parse("ppo", description=__doc__)
-    folder, device, cast = training.begin("ppo", config, origin)
-    policy, tokenizer, _ = training.load_model(folder, "sft", device)
-    reward, reward_model = make_reward(config, folder, policy, tokenizer, cast, device)
+    started, config, folder, device, cast = training.begin("ppo", __doc__)
+    reference, tokenizer, _ = training.load_model(folder, "sft", device)
+    reward, reward_model = make_reward(config, folder, reference, tokenizer, cast, device)
     corpora = sorted(folder.glob("corpus-*.npy"), key=lambda path: path.stat().st_mtime)
     if config.ptx_coef and not corpora:
         raise UserError(f"{folder} has no corpus-*.npy, step 0's text: run sft.py, or use --ptx-coef 0")
     corpus = np.load(corpora[-1], mmap_mode="r") if config.ptx_coef else None
-    parts, reference = learners(config, policy, reward_model, device), copy.deepcopy(policy)
-    ema, value = parts["ema"], parts.get("value")
+    parts = learners(config, reference, reward_model, device)
+    policy, ema, value = parts["policy"], parts["ema"], parts.get("value")
     adams = [parts[name] for name in ("adam", "value_adam") if name in parts]
     name = "grpo" if value is None else "ppo" if config.ptx_coef else "ppo_no_ptx"
     group = config.group if value is None else 1
@@ -338,7 +339,7 @@ def main():
         for warning in health(row, stage.history):
             say(f"  ! {name} {iteration + 1}: {warning}")
         stage.log(tokens=int(mask.sum()), shown=SHOWN, **row)
-    stage.finish(ema.state_dict(), model=asdict(policy.config), parent="sft", last=row)
+    stage.finish(ema, model=vars(policy.config), parent="sft", last=row)
     say(f"done in {training.clock(time.perf_counter() - started)}. Next:\n  python sample.py --compare --out "
         f"{folder}      all stages side by side\n  python evaluate.py --out {folder}              measure them")
 

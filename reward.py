@@ -15,12 +15,11 @@ Where this deviates from InstructGPT (Ouyang et al. 2022):
  4. Trunk and policy have the same size; the paper uses one 6B reward model for all.
 Axes: B batch, T tokens, C channels, N prompts, K completions of one prompt."""
 import copy, math, random, time
-from dataclasses import asdict
-from config import UserError, parse     # before torch: see there
+from config import UserError     # before torch: see there
 import torch
 import torch.nn as nn
 import data, training, world
-from model import token_logprobs
+from model import add_lora, token_logprobs
 from training import say
 
 def answer_logprobs(gpt, x, tokens, mask, after):
@@ -220,13 +219,13 @@ def measure(model, tokenizer, tasks, groups, seed, size, cast):
             "categories": {c: accuracy(scores, gold & these) for c, these in of.items()}}
 
 def main():
-    started, (config, origin) = time.perf_counter(), parse("reward", description=__doc__)
-    folder, device, cast = training.begin("reward", config, origin)
+    started, config, folder, device, cast = training.begin("reward", __doc__)
     sft, tokenizer, _ = training.load_model(folder, "sft", device)
     size, dpo = sft.config.block_size, config.objective == "dpo"
     torch.manual_seed(training.seed_of(config.seed, "reward"))
     model = (ImplicitReward(sft, tokenizer.assistant, config.dpo_beta) if dpo else
              RewardModel(sft, tokenizer.assistant if config.likelihood else None)).to(device)
+    add_lora(model.policy if dpo else model.trunk, config.lora_rank)
     if config.data:     # every twentieth of the user's comparisons is held out
         comparisons, skipped = data.read_comparisons(config.data)
         say(f"step 2: {len(comparisons):,} comparisons in {config.data}; skipped: {skipped or 'none'}")
@@ -255,8 +254,7 @@ def main():
         say(f"    accuracy_gold by category: {categories}\n    preference, predicted and observed: {bins}")
     if not dpo:     # the scores' zero is arbitrary: put it where demonstrations are (InstructGPT 3.5)
         model.shift -= score_many(model, zero, tokenizer.pad, cast).sum().to(device) / sum(map(len, zero))
-    stage.finish((model.policy if dpo else model).state_dict(), model=asdict(sft.config), parent="sft",
-                 measured=found)
+    stage.finish(model.policy if dpo else model, model=vars(sft.config), parent="sft", measured=found)
     say(f"done in {training.clock(time.perf_counter() - started)}. "
         f"Next: python {'evaluate' if dpo else 'ppo'}.py --out {folder}")
 

@@ -15,13 +15,13 @@ Where this deviates from InstructGPT (Ouyang et al. 2022):
     its context in 400 steps. Without recitals it had not after 1,800 of twice the size.
 Axes: B batch, T tokens, V vocabulary."""
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import islice, repeat
-from config import UserError, parse     # before torch: see there
+from config import UserError     # before torch: see there
 import numpy as np
 import torch
 import data, training, world
-from model import load_gpt2
+from model import add_lora, load_gpt2
 from training import say
 
 def next_token_loss(logits, targets, mask, reduction="mean"):
@@ -152,7 +152,7 @@ def learn(config, folder, name, model, steps, warmup, rates, batch, check, cast,
             say(f"  {name} {step + 1}: held-out loss {found} nats a token")
             metrics |= {f"val_{text}": loss for text, loss in losses.items()}
         stage.log(sum(int((labels if real is None else real).sum()) for _, real, labels in micro), **metrics)
-    stage.finish(model.state_dict(), model=asdict(model.config), losses=losses, **facts)
+    stage.finish(model, model=vars(model.config), losses=losses, **facts)
 
 def pretrain(config, folder, model, corpus, held_out, cast):
     """Step 0: -log π(token | before), every token of the text a target."""
@@ -173,8 +173,6 @@ def finetune(config, folder, model, tokenizer, train, val, corpus, ask, cast):
              for rows in data.epoch_batches(lengths, config.batch_size, (config.seed, epoch))]
     checks = [data.collate(val[i:i + 100], tokenizer.pad) for i in range(0, len(val), 100)]
     prompts = [data.encode_prompt(tokenizer, *question) for question in ask]
-    for dropout in (m for m in model.modules() if isinstance(m, torch.nn.Dropout)):
-        dropout.p = config.sft_dropout
     def batch(step):
         rows = data.collate([train[i] for i in order[step]], tokenizer.pad)
         B, T = rows[0].shape
@@ -191,8 +189,7 @@ def finetune(config, folder, model, tokenizer, train, val, corpus, ask, cast):
           (config.matrix_lr, config.lr), batch, check, cast, parent="base")
 
 def main():
-    started, (config, origin) = time.perf_counter(), parse("sft", description=__doc__)
-    folder, device, cast = training.begin("sft", config, origin)
+    started, config, folder, device, cast = training.begin("sft", __doc__)
     read = data.read_text if config.data and data.kind_of(config.data) == "text" else data.read_demonstrations
     own = read(config.data) if config.data else None
     tokenizer = make_tokenizer(config, folder, own)
@@ -206,7 +203,7 @@ def main():
         say(f"step 0: {folder / 'base.pt'} is there and is kept (--fresh makes it anew)")
     elif config.init and not isinstance(own, str):
         say(f"step 0: {config.init}, {model.num_params():,} parameters, instead of pretraining")
-        training.Stage(folder, "base", config, 0).finish(model.state_dict(), model=asdict(model.config))
+        training.Stage(folder, "base", config, 0).finish(model, model=vars(model.config))
     else:
         say(f"step 0: pretrain {model.num_params():,} parameters for {config.pretrain_steps} steps of "
             f"{config.pretrain_batch} tokens; Ctrl-C keeps what is done")
@@ -214,6 +211,8 @@ def main():
     if not isinstance(own, str):
         train, val = make_examples(config, tokenizer, own)
         ask = [(d[0], d[1], d[3]) for d in own[:60:20]] if own else [(prompt, "") for prompt in world.SHOWN]
+        torch.manual_seed(training.seed_of(config.seed, "lora"))
+        add_lora(model, config.lora_rank)
         say(f"step 1: fine-tune on {len(train):,} demonstrations, {config.epochs} times")
         finetune(config, folder, model, tokenizer, train, val, corpus, ask, cast)
     say(f"done in {training.clock(time.perf_counter() - started)}. Next:\n"

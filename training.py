@@ -7,9 +7,9 @@ import collections, contextlib, ctypes, functools, json, math, os, resource, sys
 from pathlib import Path
 import numpy as np
 import torch
-from config import YES_NO, UserError, show
+from config import YES_NO, UserError, parse, show
 from data import Tokenizer
-from model import GPT, GPTConfig, generate
+from model import GPT, GPTConfig, generate, learnt, merge_lora
 
 Answer = collections.namedtuple("Answer", "ids text ended")     # ended: by itself, not by the limit or the context
 adamw = functools.partial(torch.optim.AdamW, betas=(0.9, 0.95), eps=1e-8, fused=True)     # β as in InstructGPT
@@ -47,11 +47,12 @@ def compute(config):
     cast = torch.autocast(device.type, dtype, enabled=dtype == torch.bfloat16)
     return device, cast, f"{device} with {torch.get_num_threads()} threads, {str(dtype).split('.')[1]} ({why})"
 
-def begin(step, config, origin):
-    """What every training command does first -> (its folder, device, autocast); says what it found."""
+def begin(step, description):
+    """What every training command does first -> (when it began, config, folder, device, autocast); says them."""
+    started, (config, origin) = time.perf_counter(), parse(step, description=description)
     folder, (device, cast, found) = run_folder(config), compute(config)
     say(f"{step}.py: config {config.config}, run {folder}, {found}\n" + show(config, origin))
-    return folder, device, cast
+    return started, config, folder, device, cast
 
 def cosine(step, steps, warmup, floor=0.1):
     """The learning rate of a step as a fraction of its peak: linear warm-up, then a cosine to `floor`."""
@@ -222,10 +223,13 @@ class Stage:
         progress(f"  {self.name} {done}/{self.steps}  {found}  {self.tokens / spent:,.0f} tokens/s  "
                  f"{peak:.2f} GB  {clock(spent / done * (self.steps - done))} left", done in (1, self.steps))
 
-    def finish(self, weights, **facts):
-        """<stage>.pt with the weights, <stage>.json with the facts; then the state has served."""
+    def finish(self, trained, **facts):
+        """<stage>.pt: the weights, <stage>.json: the facts; then the state has served. <stage>.lora.pt: adapters
+        alone, kilobytes; in <stage>.pt they are merged, so that each stage is a plain model."""
         save_atomically(self.history, f"{self.path}.jsonl")
-        save_atomically(weights, f"{self.path}.pt")
+        if len(adapters := learnt(trained)) < len(trained.state_dict()):
+            save_atomically(adapters, f"{self.path}.lora.pt")
+        save_atomically(merge_lora(trained).state_dict(), f"{self.path}.pt")
         facts |= {"steps": self.steps, "seconds": round(time.perf_counter() - self.began, 1),
                   "versions": {"python": sys.version.split()[0], "torch": torch.__version__}}
         save_atomically({"config": vars(self.config)} | facts, f"{self.path}.json")

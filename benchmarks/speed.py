@@ -26,7 +26,7 @@ import ppo  # noqa: E402
 import reward  # noqa: E402
 import sft  # noqa: E402
 from attention import attention  # noqa: E402
-from model import GPT, GPTConfig, decay_groups, generate  # noqa: E402
+from model import GPT, GPTConfig, generate  # noqa: E402
 
 B, T, V, C, L, H = 16, 256, 1024, 256, 4, 4
 CONFIG = GPTConfig(vocab_size=V, block_size=T, n_layer=L, n_head=H, n_embd=C)
@@ -81,7 +81,7 @@ def trainer(route):
     """A whole training step; "bf16 weights" computes with a bf16 copy of the fp32 weights."""
     torch.manual_seed(0)
     gpt, tokens = GPT(CONFIG), torch.randint(V, (B, T + 1))
-    optimizer = torch.optim.AdamW(decay_groups(gpt, 0.1), lr=1e-4, fused=True)
+    optimizer = torch.optim.AdamW(gpt.parameters(), lr=1e-4, fused=True)
 
     def step():
         weights = dict(gpt.named_parameters())

@@ -80,7 +80,7 @@ def test_what_is_unusual_but_works(step, argv, field, value):
     ("sft", ["--dtype", "fp16"], ["--dtype", "auto, fp32, bf16"]),
     ("sft", ["--tokenizer", "gpt-2"], ["bpe, gpt2", "Did you mean gpt2?"]),
     ("sft", ["--ptx-share", "1"], ["--ptx-share"]),         # 1 would leave no demonstrations
-    ("sft", ["--sft-dropout", "1.5"], ["--sft-dropout"]),
+    ("sft", ["--ptx-share", "1.5"], ["--ptx-share"]),
     ("sft", ["--resume", "perhaps"], ["--resume", "bool"]),
     ("sft", ["--resume", "--fresh"], ["--resume", "--fresh"]),
     ("sample", ["--top-p", "0"], ["--top-p"]),

@@ -303,7 +303,7 @@ def test_seeds_give_mean_and_range(tmp_path, monkeypatch):
 @pytest.mark.parametrize("flags, wanted", [
     (["--config", "headline", "--seed", 5], [["headline.py", "--seed", "5", "--out", "FOLDER"]]),
     (["--seeds", 3], [["seeds.py", "--config", "tiny", "--seeds", "3", "--out", "FOLDER"]]),
-    (["--full"], [[f"{name}.py", "FOLDER"] for name in ("over_optimisation", "tax", "folds", "report")])])
+    (["--full"], [[f"{name}.py", "FOLDER"] for name in ("over_optimisation", "instructions", "tax", "folds", "report")])])
 def test_the_experiments_that_it_runs(flags, wanted, evaluated, run, monkeypatch):
     """Each on the folder that was asked for; --full after the evaluation, whose file the experiments add to."""
     (report, _, folder), ran = evaluated, []

@@ -208,7 +208,7 @@ def train(folder, stop=None, config=CONFIG, steps=STEPS):
         norm = stage.update(both, loss.item(), 1.0)
         stage.log(tokens=30, loss=loss.item(), norm=norm, lr=lr)
         seen.append(step)
-    stage.finish(model.state_dict(), model={})
+    stage.finish(model, model={})
     return seen
 
 
