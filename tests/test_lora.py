@@ -248,6 +248,7 @@ def test_policy_ema_and_reference_share_the_frozen_weights(lora_run):
         shared = len(places[0]) - 1 if rank else 0          # all but the gain
         assert len(places[0] & places[1]) == len(places[0] & places[2]) == len(places[1] & places[2]) == shared
         assert value.head.weight.requires_grad and value.trunk.wte.weight.requires_grad == (not rank)
+        assert any(name.endswith(".A") for name, _ in value.trunk.named_parameters()) == bool(rank)
         assert all(p.requires_grad == (not rank) for p in reference.parameters())
 
 
