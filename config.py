@@ -194,8 +194,6 @@ def parse(step, argv=None, description=""):
         a, b = getattr(config, less, 0), getattr(config, more, 0)       # not every step has them
         if a > b:
             raise UserError(f"{flag(less)} {a} is more than {flag(more)} {b}")
-    if isinstance(config, RewardConfig) and not all(config.from_.split(",")):
-        raise UserError(f"--from names stages, with commas between them, as in sft,ppo; not {config.from_!r}")
     return config, {name: "command line" if name in given else "preset" if name in preset else "default"
                     for name in vars(config)}
 

@@ -17,8 +17,9 @@ from sft import held_out_loss, held_out_text, held_out_windows
 from training import say
 
 SETS = {"test_phrasing": "_unseen_phrasing", "test_combination": "_unseen_combination", "test": ""}
-FEW_SHOT = "base_few_shot"
-FULL = {"over_optimisation": 3, "instructions": 1, "tax": 1, "folds": 8, "report": 1}   # minutes, about
+SHOTS = {"base": 0, "base_few_shot": 3}     # the examples that a base is shown; other stages are asked in turns
+FULL = {"over_optimisation": ("gold_proxy", 3), "instructions": ("attempted", 1), "tax": ("few_shot_tasks", 1),
+        "folds": ("labeler_folds", 8), "report": ("", 1)}       # what it adds to evaluation.json; minutes, about
 
 def estimate(values):
     """The mean of n numbers with its 95 % interval: Wilson's for a proportion, the normal one otherwise."""
@@ -88,12 +89,12 @@ def measure(config, folder, stages, device, cast):
     sets = {name: world.tasks(config.per_category * len(world.CATEGORIES), name) for name in SETS}
     models, verdicts, texts, test = {}, {"": {}, "_greedy": {}}, None, sets["test"]
     report |= {"seed": config.seed, "answers": [{"prompt": task.prompt} for task in test[:10]]}
-    for stage in stages:
+    for label in (label for stage in stages for label in (SHOTS if stage == "base" else [stage])):
+        stage = "base" if label in SHOTS else label
         model, tokenizer, facts = training.load_model(folder, stage, device)
-        label = FEW_SHOT if stage == "base" else stage
         for (name, tasks), (temperature, greedy) in itertools.product(sets.items(), ((0.0, "_greedy"), (1.0, ""))):
             training.progress(f"  {label}: {name}{greedy}")
-            found = respond(model, tokenizer, tasks, 3 if stage == "base" else None, temperature, config, cast)
+            found = respond(model, tokenizer, tasks, SHOTS.get(label), temperature, config, cast)
             judged = world.judge_many(tasks, [a.text for a in found], [a.ended for a in found])
             for key, value in tabulate(tasks, judged).items():
                 report.setdefault(key + SETS[name] + greedy, {})[label] = value
@@ -114,7 +115,7 @@ def measure(config, folder, stages, device, cast):
                 verdicts[""][label] = judged
                 for key, value in tabulate(test, judged).items():
                     report[key][label] = value
-    for (greedy, of), b in itertools.product(verdicts.items(), (FEW_SHOT, "sft", "best_of_4")):
+    for (greedy, of), b in itertools.product(verdicts.items(), ("base_few_shot", "sft", "best_of_4")):
         for a in of if b in of else ():
             if a != b:
                 report[f"win_rate{greedy}"][f"{a}_vs_{b}"] = by_group(test, win_rate(of[a], of[b]))
@@ -165,12 +166,16 @@ def main():
         return benchmark("seeds", "--config", config.config, "--seeds", config.seeds, "--out", folder)
     device, cast, _ = training.compute(config)
     stages = [s for s in training.MADE_BY if training.finished(folder, s)] or ["base"]
-    report = measure(config, folder, stages, device, cast)
-    training.save_atomically(report, folder / "evaluation.json")
+    path, made = folder / "evaluation.json", {p.name: p.stat().st_mtime_ns for p in sorted(folder.glob("*.pt"))}
+    before = json.loads(path.read_text(encoding="utf8")) if path.exists() else {}
+    kept = before if before.get("made_of") == made else {}      # of the same weights: what --full has added stays
+    report = kept | measure(config, folder, stages, device, cast) | {"made_of": made}
+    training.save_atomically(report, path)
     for table in tables(report):
         say("\n" + markdown(*table))
-    for name, minutes in FULL.items() if config.full else ():
-        say(f"\n{name}: about {minutes} of {sum(FULL.values())} minutes")
+    left = {name: minutes for name, (key, minutes) in FULL.items() if config.full and key not in kept}
+    for i, (name, minutes) in enumerate(left.items()):
+        say(f"\n{name}: about {minutes} minutes, {sum([*left.values()][i:])} with what follows")
         benchmark(name, folder)
     say(f"\n95 % intervals; all numbers: {folder / 'evaluation.json'}; drawn by: python benchmarks/report.py")
 

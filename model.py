@@ -263,8 +263,7 @@ def sample(logits, uniform, temperature, top_k, top_p):
     return (token if order is None else order.gather(-1, token)).squeeze(-1), logprob
 
 def add_lora(gpt, rank, alpha=16.0):
-    """Freezes the GPT, in place; at the matrices of its blocks an A and a B learn (see Linear). -> gpt
-    Rank 0: nothing happens. B = 0: at first nothing is added."""
+    """Freezes the GPT in place; A and B of its blocks' matrices learn, B from 0. Rank 0: nothing at all. -> gpt"""
     if rank:
         gpt.requires_grad_(False)
         for layer in [m for m in gpt.modules() if isinstance(m, Linear)]:

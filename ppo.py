@@ -268,12 +268,11 @@ def learners(config, reference, reward_model, device):
     gain = policy.ln_f.weight = torch.nn.Parameter(policy.ln_f.weight.detach().clone())     # see deviation 4
     groups = [{"params": [p for p in policy.parameters() if p is not gain]},
               {"params": [gain], "lr": config.gain_lr}]
-    parts = {"policy": policy, "ema": twin(policy),
-             "adam": training.adamw(groups, config.lr, weight_decay=0.0)}
+    parts = {"policy": policy, "ema": twin(policy), "adam": training.adamw(groups, config.lr, weight_decay=0.0)}
     if config.advantage == "gae":
         parts["value"] = value = copy.deepcopy(reward_model or RewardModel(reference)).to(device)
         add_lora(value.trunk, rank)
-        parts["value_adam"] = training.adamw(parts["value"].parameters(), config.value_lr, weight_decay=0.0)
+        parts["value_adam"] = training.adamw(value.parameters(), config.value_lr, weight_decay=0.0)
     return parts
 
 def main():

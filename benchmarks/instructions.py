@@ -100,7 +100,7 @@ def main():
     tasks = world.tasks(config.per_category * len(world.CATEGORIES), "test")
     for stage in (stage for stage in training.MADE_BY if training.finished(run, stage)):
         model, tokenizer, _ = training.load_model(run, stage, device)
-        label = evaluate.FEW_SHOT if stage == "base" else stage
+        label = "base_few_shot" if stage == "base" else stage
         training.progress(f"  {label}: {len(tasks):,} prompts", always=True)
         found = evaluate.respond(model, tokenizer, tasks, 3 if stage == "base" else None, 1.0, config, cast)
         verdicts = world.judge_many(tasks, [a.text for a in found], [a.ended for a in found])

@@ -92,8 +92,6 @@ def test_what_is_unusual_but_works(step, argv, field, value):
     ("reward", ["--min-k", "1"], ["--min-k", "from 2 to 9"]),       # one answer compares nothing
     ("reward", ["--max-k", "10"], ["--max-k", "from 2 to 9"]),
     ("reward", ["--min-k", "6", "--max-k", "5"], ["--min-k 6", "--max-k 5"]),
-    ("reward", ["--from", ""], ["--from", "sft,ppo"]),
-    ("reward", ["--from", "sft,,ppo"], ["--from", "sft,ppo"]),
     ("reward", ["--from"], ["--from needs a value"]),
     ("reward", ["--from_", "sft"], ["--from_", "Did you mean --from?"]),
     ("ppo", ["--unfinished-score", "nan"], ["--unfinished-score"]),

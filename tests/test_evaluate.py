@@ -3,6 +3,7 @@ import contextlib
 import json
 import math
 import random
+import shutil
 from itertools import combinations
 from types import SimpleNamespace
 
@@ -17,7 +18,7 @@ import world
 from config import EvaluateConfig
 
 KEYS = ("accuracy", "gold")
-ROWS = ("base_few_shot", "sft")
+ROWS = ("base", "base_few_shot", "sft")
 
 
 # ---------------------------------------------------------------- the estimates
@@ -169,10 +170,46 @@ def test_the_report(evaluated):
 def test_win_rates_at_both_temperatures(evaluated):
     """The same pairs, each of its own answers. Usual mistake: the greedy rate is made of the sampled answers."""
     report, _, _ = evaluated
-    assert set(report["win_rate"]) == set(report["win_rate_greedy"]) == {"sft_vs_base_few_shot", "base_few_shot_vs_sft"}
+    assert set(report["win_rate"]) == set(report["win_rate_greedy"]) == {
+        "sft_vs_base_few_shot", "base_few_shot_vs_sft", "base_vs_sft", "base_vs_base_few_shot"}
     for greedy in ("", "_greedy"):
         rates = [report[f"win_rate{greedy}"][key]["overall"] for key in ("sft_vs_base_few_shot", "base_few_shot_vs_sft")]
         assert rates[0]["mean"] + rates[1]["mean"] == pytest.approx(1) and rates[0]["n"] == report["gold"]["sft"]["overall"]["n"]
+
+
+def test_a_base_is_asked_without_and_with_examples(evaluated, monkeypatch):
+    """Two rows of one model. Usual mistake: both rows are few-shot."""
+    _, _, folder = evaluated
+    asked, tasks = {}, world.tasks(9, "test")
+    monkeypatch.setattr(evaluate.training, "respond", lambda model, tokenizer, prompts, *rest, **more: asked.update(
+        {tokenizer.decode(p): 1 for p in prompts}) or [training.Answer([], "", True) for _ in prompts])
+    model, tokenizer, _ = training.load_model(folder, "base")
+    for label, shots in evaluate.SHOTS.items():
+        asked.clear()
+        evaluate.respond(model, tokenizer, tasks, shots, 1.0, EvaluateConfig(), contextlib.nullcontext())
+        assert len(asked) == 9 and max(text.count("Question:") for text in asked) == (1 if label == "base" else 4)
+
+
+def test_what_full_added_stays_until_a_stage_is_made_anew(evaluated, run, monkeypatch, tmp_path):
+    """--full goes on where it was stopped; of other weights everything is measured anew."""
+    folder = shutil.copytree(evaluated[2], tmp_path / "run")
+    path, flags, ran = folder / "evaluation.json", ("--out", folder, "--dtype", "fp32", "--threads", 2), []
+    monkeypatch.setattr(evaluate, "measure", lambda *given: dict(evaluated[0]))
+
+    def pretend(words):
+        name = words[1].stem
+        ran.append(name)
+        report = json.loads(path.read_text())
+        path.write_text(json.dumps(report | {evaluate.FULL[name][0]: f"by {name}"}))
+        return SimpleNamespace(returncode=int(name == "tax" and ran.count("tax") == 1))     # fails once
+    monkeypatch.setattr(evaluate.subprocess, "run", pretend)
+    assert run("evaluate", *flags, "--full").code == 1 and ran == ["over_optimisation", "instructions", "tax"]
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "few_shot_tasks"}))
+    done = run("evaluate", *flags, "--full")
+    assert done.code == 0 and ran[3:] == ["tax", "folds", "report"], ran
+    assert run("evaluate", *flags).code == 0 and json.loads(path.read_text())["gold_proxy"] == "by over_optimisation"
+    (folder / "sft.pt").touch()
+    assert run("evaluate", *flags).code == 0 and "gold_proxy" not in json.loads(path.read_text())
 
 
 def test_the_tables(evaluated):

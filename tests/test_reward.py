@@ -362,6 +362,9 @@ def test_the_command_compares_what_it_ranks(reward_run):
 
 def test_second_round_names_may_have_spaces(reward_run, run):
     """`--from "sft, sft"`; and whatever could not be measured is null in reward.json, which must stay JSON."""
+    for hole in ("", "sft,,ppo"):
+        done = run("reward", *SMALL, "--out", reward_run.folder, "--fresh", "--from", hole)
+        assert done.code == 2 and "no finished " in done.out and "Stages: base, sft" in done.out, done.out
     done = run("reward", *SMALL, "--out", reward_run.folder, "--fresh", "--from", "sft, sft")
     assert done.code == 0, done.out
 
