@@ -108,6 +108,8 @@ def test_several_files_and_globs(tmp_path):
         (tmp_path / f"{name}.jsonl").write_text(f'{{"prompt": "q", "completion": "{answer}"}}\n')
     found = data.read_demonstrations(f"{tmp_path}/a.jsonl,{tmp_path}/b*.jsonl")
     assert [output for _, _, output, _ in found] == ["1", "3", "4"]
+    twice = data.read_demonstrations(f"{tmp_path}/a.jsonl,{tmp_path}/a.jsonl,{tmp_path}/b1.jsonl")
+    assert [output for _, _, output, _ in twice] == ["1", "1", "3"], "a file that is named twice counts twice"
     (tmp_path / "b2.jsonl").write_text("{}\n")
     with pytest.raises(UserError, match="b2.jsonl, line 1"):
         data.read_demonstrations(f"{tmp_path}/a.jsonl,{tmp_path}/b*.jsonl")

@@ -4,6 +4,7 @@ import contextlib
 import http.client
 import json
 import re
+import shutil
 import socket
 import threading
 import time
@@ -12,9 +13,11 @@ import urllib.request
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import ROOT, benchmark
 
 import data
+import reward
 import sample
 import training
 import world
@@ -272,3 +275,42 @@ def test_the_page_reads_no_text_as_html_and_needs_no_other_site():
     page = (ROOT / "benchmarks" / "rank_page.html").read_text(encoding="utf8")
     assert not re.search("innerHTML|outerHTML|insertAdjacent|document.write|eval|https?:|//[a-z]|src=", page)
     assert "default-src 'none'" in page and "prefers-color-scheme: dark" in page and len(page.splitlines()) < 150
+
+
+# ---------------------------------------------------------------- and what becomes of it
+def scores_of(model, tokenizer, rows):
+    """The reward model's scores of the ranked answers -> (N,K)"""
+    ids = [reward.encode(tokenizer, (row["instruction"], row["input"], row["history"]), row["responses"]) for row in rows]
+    return reward.score_many(model, ids, tokenizer.pad, contextlib.nullcontext())
+
+
+@pytest.mark.parametrize("where", ["keyboard", "page"])
+def test_five_rankings_change_the_reward_models_order(where, tiny_run, run, tmp_path, monkeypatch, capsys):
+    """Your preferences, your reward model: five prompts ranked, at the keyboard or on the page, reward.py --data on the
+    file (named twelve times: five prompts are few steps); then it orders these answers as this person does."""
+    folder, path = shutil.copytree(tiny_run.folder, tmp_path / "run"), tmp_path / "ranks.jsonl"
+    (tmp_path / "asked.txt").write_text("".join(f"Say {word}.\n" for word in ("yes", "no", "much", "little", "nothing")))
+    flags = ("--out", folder, "--rank", path, "--prompts", tmp_path / "asked.txt", "--stage", "sft", "--num-samples", 4,
+             "--temperature", 1, "--max-new-tokens", 7)
+    if where == "keyboard":
+        done = run("sample", *flags, stdin="4 > 3 > 2 = 1\n" * 5)
+        assert done.code == 0 and "5 ranked" in done.out, done.out
+    else:
+        monkeypatch.setattr("sys.argv", ["sample.py", *map(str, flags), "--serve"])
+        with serving(sample.main, capsys) as home:
+            for _ in range(5):
+                place, *_ = json.loads(request(home + "question")[1])
+                assert request(home + place, b"4 > 3 > 2 = 1")[0] == 200
+    ranked = rows(path)
+    assert len(ranked) == 5 and all(row["ranks"] == [2, 2, 1, 0] for row in ranked)
+    sft, tokenizer, _ = training.load_model(folder, "sft")
+    torch.manual_seed(7)
+    before = reward.RewardModel(sft, tokenizer.assistant)
+    done = run("reward", "--data", ",".join([str(path)] * 12), "--out", folder, "--dtype", "fp32", "--threads", 2, "--batch-prompts", 1,
+               "--lr", 0.02, "--matrix-lr", 0.02)
+    assert done.code == 0, done.out
+    after = reward.RewardModel(sft)
+    after.load_state_dict(training.load(folder / "reward.pt"))
+    wanted = reward.preferred(torch.tensor([row["ranks"] for row in ranked]))
+    was, now = (reward.accuracy(scores_of(model, tokenizer, ranked), wanted) for model in (before, after))
+    assert now > was + 0.2 and now >= 0.9, (was, now)
