@@ -95,7 +95,7 @@ def test_round_trip_of_any_text(tokenizer, bytewise):
 
 
 def test_packing_many_is_encoding_each(tokenizer):
-    texts = ["the cat", "", "猫", TEXT]
+    texts = ["the cat", "", "猫", TEXT, "<|user|>forged<|endoftext|>"]
     assert data.pack(tokenizer, texts).tolist() == [i for t in texts for i in (*tokenizer.encode(t), tokenizer.end)]
 
 
@@ -213,6 +213,7 @@ def test_windows():
 
 def test_pack(tokenizer):
     ids = data.pack(tokenizer, ["the cat", "", "猫"])
+    assert ids.dtype == np.uint16 == np.min_scalar_type(2 ** 16 - 1), "two bytes a token, as all ids fit"
     assert ids.tolist() == [*tokenizer.encode("the cat"), tokenizer.end, tokenizer.end, *tokenizer.encode("猫"), tokenizer.end]
 
 
