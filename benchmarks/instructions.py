@@ -98,7 +98,7 @@ def main():
     config, _ = parse("evaluate", ["--out", str(run), "--seed", str(seed)])
     device, cast, _ = training.compute(config)
     tasks = world.tasks(config.per_category * len(world.CATEGORIES), "test")
-    for stage in (stage for stage in training.MADE_BY if training.finished(run, stage)):
+    for stage in [stage for stage in training.MADE_BY if training.finished(run, stage)] or ["base"]:
         model, tokenizer, _ = training.load_model(run, stage, device)
         label = "base_few_shot" if stage == "base" else stage
         training.progress(f"  {label}: {len(tasks):,} prompts", always=True)
@@ -113,4 +113,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    training.command(main)

@@ -15,6 +15,7 @@ import evaluate  # noqa: E402
 import folds  # noqa: E402
 import instructions  # noqa: E402
 import tax  # noqa: E402
+import training  # noqa: E402
 import world  # noqa: E402
 
 import matplotlib  # noqa: E402
@@ -89,13 +90,13 @@ def main():
     if len(sys.argv) != 2:
         sys.exit(__doc__)
     path = Path(sys.argv[1]) / "evaluation.json"
-    if not path.exists():
-        sys.exit(f"error: {path} is not there. Make it first: python evaluate.py --out {path.parent}")
-    report = json.loads(path.read_text(encoding="utf8"))
+    report = json.loads(path.read_text(encoding="utf8")) if path.exists() else {}
+    if "win_rate_greedy" not in report:         # not there, or of an earlier version, or of an experiment alone
+        sys.exit(f"error: {path} does not hold what is needed. Make it first: python evaluate.py --out {path.parent}")
     (path.parent / "report.png").write_bytes(draw(report))
     (path.parent / "report.html").write_text(page(report), encoding="utf8")
     print(f"{path.parent / 'report.html'} and report.png")
 
 
 if __name__ == "__main__":
-    main()
+    training.command(main)

@@ -25,6 +25,7 @@ import torch.nn.functional as F  # noqa: E402
 import ppo  # noqa: E402
 import reward  # noqa: E402
 import sft  # noqa: E402
+import training  # noqa: E402
 from attention import attention  # noqa: E402
 from model import GPT, GPTConfig, generate  # noqa: E402
 
@@ -191,4 +192,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    training.command(main)

@@ -4,7 +4,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
-from conftest import benchmark
+from conftest import ROOT, benchmark
 
 import world
 
@@ -166,3 +166,24 @@ def test_the_budgets_are_drawn(tmp_path):
     rows = [{key: {"mean": m, "low": 0.9 * m, "high": 1.1 * m} for key in keys} for m in (0.3, 0.6)]
     budgets.draw(rows, tmp_path / "budgets.png")
     assert (tmp_path / "budgets.png").read_bytes()[:4] == b"\x89PNG"
+
+
+# ---------------------------------------------------------------- as commands
+EXPERIMENTS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if "def main(" in path.read_text(encoding="utf8"))
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_an_experiment_ends_in_one_line(name):
+    """What the user can mend, and Ctrl-C, are one line as in the scripts. Usual mistake: a bare main(), and a traceback."""
+    assert (ROOT / "benchmarks" / f"{name}.py").read_text(encoding="utf8").endswith("\n    training.command(main)\n")
+
+
+@pytest.mark.parametrize("name", ["folds", "instructions", "over_optimisation", "report", "tax"])
+def test_a_run_that_is_not_there_is_one_line(name, run, tmp_path):
+    """The file or the folder is named; no traceback."""
+    module = benchmark(name)
+    module.__name__ = name
+    done = run(module, tmp_path / "none")
+    assert done.code in (1, 2) or isinstance(done.code, str), done.code
+    said = done.code if isinstance(done.code, str) else done.out.strip().splitlines()[-1]
+    assert "none" in said and "Traceback" not in done.out, done.out
