@@ -19,7 +19,8 @@ from training import say
 SETS = {"test_phrasing": "_unseen_phrasing", "test_combination": "_unseen_combination", "test": ""}
 SHOTS = {"base": 0, "base_few_shot": 3}     # the examples that a base is shown; other stages are asked in turns
 FULL = {"over_optimisation": ("gold_proxy", 3), "instructions": ("attempted", 1), "tax": ("few_shot_tasks", 1),
-        "folds": ("labeler_folds", 8), "report": ("", 1)}       # what it adds to evaluation.json; minutes, about
+        "folds": ("labeler_folds", 8), "sweep ppo.py --ptx-coef 0": ("sweep_ptx_coef", 5),
+        "sweep sft.py --epochs 1 2 4 8 16": ("sweep_epochs", 15), "report": ("", 1)}    # its key, and minutes
 
 def estimate(values):
     """The mean of n numbers with its 95 % interval: Wilson's for a proportion, the normal one otherwise."""
@@ -152,9 +153,11 @@ def markdown(title, columns, rows):
     lines = [[title, *columns], ["---"] * (len(columns) + 1), *([name, *cells] for name, cells in rows.items())]
     return "\n".join(f"| {' | '.join(line)} |".replace("_", " ") for line in lines)
 
-def benchmark(name, *words):
+def benchmark(experiment, *words):
     """Runs an experiment of benchmarks/ to its end; exits as it does where it fails."""
-    if code := subprocess.run([sys.executable, data.BENCHMARKS / f"{name}.py", *map(str, words)]).returncode:
+    name, *more = experiment.split()
+    words = [sys.executable, data.BENCHMARKS / f"{name}.py", *map(str, words), *more]
+    if code := subprocess.run(words).returncode:
         sys.exit(code)
 
 def main():

@@ -65,8 +65,7 @@ class ImplicitReward(nn.Module):
         self.policy, self.reference = copy.deepcopy(gpt), copy.deepcopy(gpt).requires_grad_(False)
         self.answer_after, self.beta = answer_after, beta
 
-    def score(self, tokens, mask):
-        """-> (B,)"""
+    def score(self, tokens, mask):                                  # -> (B,)
         pi, ref = (answer_logprobs(gpt, gpt.hidden(tokens, mask), tokens, mask, self.answer_after).sum(1)
                    for gpt in (self.policy, self.reference))
         return self.beta * (pi - ref)

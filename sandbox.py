@@ -1,8 +1,6 @@
 """Runs Python that a language model wrote, and survives it.
 
-    run("print(6 * 7)")                      -> Result(ok=True, stdout='42\\n', error=None)
-    run("1 / 0").error                       -> 'ZeroDivisionError: division by zero'
-    run_many([code, (code, stdin), ...])     -> one Result each, in order
+    run("print(6 * 7)") -> Result(ok=True, stdout='42\\n', error=None);  run_many([code, (code, stdin), ...])
 
 A call into C such as `7 ** 60 ** 60` never returns to the interpreter: nothing but its death can stop it.
 Hence three floors. The caller talks to *workers*, bare interpreters, started once; a worker forks one *child*

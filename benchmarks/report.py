@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import evaluate  # noqa: E402
 import folds  # noqa: E402
 import instructions  # noqa: E402
+import sweep  # noqa: E402
 import tax  # noqa: E402
 import training  # noqa: E402
 import world  # noqa: E402
@@ -70,6 +71,7 @@ def experiments(report):
     yield "win rate, %, with the weights of InstructGPT's Table 1", ["overall"], {
         name: [evaluate.cell(weighted(row))] for name, row in report["win_rate"].items()}
     yield from (table(report[key]) for key, table in ADDED.items() if key in report)
+    yield from (sweep.table(key.removeprefix("sweep_"), rows) for key, rows in report.items() if key.startswith("sweep_"))
 
 
 def page(report):

@@ -5,7 +5,8 @@
     python benchmarks/sweep.py runs/tiny sft.py --epochs 1 2 4 8 16
 
 Each value has a folder of its own beside the run, runs/tiny-ptx-coef-0.1, with copies of what the step starts from;
-seed and preset are the run's. Goes on where it was stopped. Prints a table in Markdown: the stage that the step makes,
+seed and preset are the run's. Goes on where it was stopped. Adds "sweep_ptx_coef", say, to the run's evaluation.json, and
+prints it in Markdown: the stage that the step makes,
 and first the run's SFT model. "code" is the share of code tasks whose programs do what was asked, "RM score" the mean
 score that the run's own reward model gives to the answers to held-out prompts, "demonstrations" their held-out loss.
 """
@@ -18,10 +19,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from config import PPOConfig, parse  # noqa: E402  (before torch: see there)
 
+import commands  # noqa: E402
 import evaluate  # noqa: E402
 import training  # noqa: E402
 import world  # noqa: E402
-from commands import python  # noqa: E402
 from ppo import make_reward  # noqa: E402
 
 STARTS_FROM = {"sft.py": ["base"], "reward.py": ["base", "sft"], "ppo.py": ["base", "sft", "reward"]}
@@ -30,11 +31,13 @@ COLUMNS = ("preferred to SFT, %", "accuracy, %", "gold", "RM score", "code, %", 
 
 
 def prepare(run, folder, script):
-    """A folder with copies of what the step starts from."""
-    if not folder.exists():
+    """A folder with copies of what the step starts from; begun anew where the run has other weights by now."""
+    names = [f"{stage}.*" for stage in STARTS_FROM[script]] + ["tokenizer.json", "corpus-*.npy"]
+    found = [path for name in names for path in run.glob(name)]
+    if any(not (copy := folder / path.name).exists() or copy.stat().st_mtime < path.stat().st_mtime for path in found):
+        shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        names = [f"{stage}.*" for stage in STARTS_FROM[script]] + ["tokenizer.json", "corpus-*.npy"]
-        for path in (path for name in names for path in run.glob(name)):
+        for path in found:
             shutil.copy2(path, folder)
 
 
@@ -70,6 +73,11 @@ def row(report, stage, code, scores, facts):
             evaluate.cell(loss["documents"], 1, 3), evaluate.cell(loss["prose"], 1, 3), str(round(facts["seconds"]))]
 
 
+def table(name, rows):
+    """The rows of a sweep -> (title, columns, rows), a table of the page, too"""
+    return f"each with another {name}", COLUMNS, rows
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
@@ -84,15 +92,17 @@ def main():
         def made():
             return [s for s in training.MADE_BY if s not in earlier and training.finished(folder, s)]
         if not made():
-            python(args.script, *common, "--out", folder, flag, value)
+            commands.python(args.script, *common, "--out", folder, flag, value)
         if not (folder / "evaluation.json").exists():
-            python("evaluate.py", *common, "--best-of", 1, "--out", folder)
+            commands.python("evaluate.py", *common, "--best-of", 1, "--out", folder)
         report = json.loads((folder / "evaluation.json").read_text(encoding="utf8"))
         for stage in (["sft"] if "sft" in earlier and not rows else []) + made():
             facts = json.loads((folder / f"{stage}.json").read_text(encoding="utf8"))
             name = stage if stage in earlier else f"{stage}, {flag[2:]} {value}"
             rows[name] = row(report, stage, *measure(args.run, folder, stage), facts)
-    print("\n" + evaluate.markdown(f"seed {said['seed']}", COLUMNS, rows))
+    name = flag[2:].replace("-", "_")
+    commands.add_to_evaluation(args.run, **{f"sweep_{name}": rows})
+    print("\n" + evaluate.markdown(*table(name, rows)))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """The experiments of benchmarks/: what they ask, what they leave alone, and that they go on where they stopped."""
 import functools
 import json
+import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -122,6 +124,35 @@ def test_a_value_starts_from_the_steps_before_and_from_nothing_else(tmp_path, sc
     (folder / "sft.pt").write_text("begun")
     sweep.prepare(run, folder, script)                      # a second time nothing is overwritten
     assert (folder / "sft.pt").read_text() == "begun" and before == {path: path.read_bytes() for path in run.iterdir()}
+    os.utime(run / "base.pt", (4e9, 4e9))                   # the run was made anew
+    sweep.prepare(run, folder, script)
+    names = {path.name for path in folder.iterdir()}
+    assert names >= {*has.split()} and not names & {*lacks.split()}
+
+
+def test_a_sweep_stands_in_the_report(tmp_path, monkeypatch, capsys):
+    """A row for each value, in the run's evaluation.json beside what is there, and on the page."""
+    run = some_run(tmp_path)
+    (run / "evaluation.json").write_text('{"seed": 7}')
+    e = {"mean": 0.5, "low": 0.4, "high": 0.6, "n": 9}
+    facts = {"seconds": 3, "losses": {"demonstrations": 0.25}, "config": {"seed": 7, "config": "tiny"}}
+    report = {"win_rate": {}, "kl": {}, "hallucination": {"sft": e}, "pretraining_loss": {"sft": {"documents": 1.5, "prose": 2.5}},
+              **{key: {"sft": {"overall": e}} for key in ("accuracy", "gold")}}
+
+    def pretend(script, *words):
+        folder = next(word for word in words if isinstance(word, Path))
+        for name, content in (("sft.pt", facts), ("sft.json", facts)) if script == "sft.py" else (("evaluation.json", report),):
+            (folder / name).write_text(json.dumps(content))
+    monkeypatch.setattr(sweep.commands, "python", pretend)
+    monkeypatch.setattr(sweep, "measure", lambda *given: (e, {**e, "n": 0}))
+    monkeypatch.setattr("sys.argv", ["sweep.py", str(run), "sft.py", "--epochs", "1", "16"])
+    sweep.main()
+    kept = json.loads((run / "evaluation.json").read_text())
+    assert kept["seed"] == 7 and [*kept["sweep_epochs"]] == ["sft, epochs 1", "sft, epochs 16"]
+    assert {path.name for path in tmp_path.iterdir()} == {"tiny", "tiny-epochs-1", "tiny-epochs-16"}
+    page = benchmark("report")
+    (title, columns, rows), = [t for t in page.experiments({"win_rate": {}} | kept) if "epochs" in t[0]]
+    assert len(columns) == len(rows["sft, epochs 16"]) and "| sft, epochs 16 |" in capsys.readouterr().out
 
 
 def test_code_tasks_are_held_out_programs():

@@ -193,20 +193,21 @@ def test_a_base_is_asked_without_and_with_examples(evaluated, monkeypatch):
 def test_what_full_added_stays_until_a_stage_is_made_anew(evaluated, run, monkeypatch, tmp_path):
     """--full goes on where it was stopped; of other weights everything is measured anew."""
     folder = shutil.copytree(evaluated[2], tmp_path / "run")
-    path, flags, ran = folder / "evaluation.json", ("--out", folder, "--dtype", "fp32", "--threads", 2), []
+    path, flags, ran, failing = folder / "evaluation.json", ("--out", folder, "--dtype", "fp32", "--threads", 2), [], ["tax"]
     monkeypatch.setattr(evaluate, "measure", lambda *given: dict(evaluated[0]))
+    key_of = {experiment.split()[-1] if " " in experiment else experiment: key for experiment, (key, _) in evaluate.FULL.items()}
 
     def pretend(words):
-        name = words[1].stem
-        ran.append(name)
-        report = json.loads(path.read_text())
-        path.write_text(json.dumps(report | {evaluate.FULL[name][0]: f"by {name}"}))
-        return SimpleNamespace(returncode=int(name == "tax" and ran.count("tax") == 1))     # fails once
+        ran.append(words[-1] if words[1].stem == "sweep" else words[1].stem)
+        if ran[-1] in failing:
+            return SimpleNamespace(returncode=failing.pop() == "tax")
+        path.write_text(json.dumps(json.loads(path.read_text()) | {key_of[ran[-1]]: f"by {ran[-1]}"}))
+        return SimpleNamespace(returncode=0)
     monkeypatch.setattr(evaluate.subprocess, "run", pretend)
     assert run("evaluate", *flags, "--full").code == 1 and ran == ["over_optimisation", "instructions", "tax"]
-    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "few_shot_tasks"}))
     done = run("evaluate", *flags, "--full")
-    assert done.code == 0 and ran[3:] == ["tax", "folds", "report"], ran
+    assert done.code == 0 and ran[3:] == ["tax", "folds", "0", "16", "report"], ran
+    assert "30 with what follows" in done.out           # minutes: tax 1, folds 8, the sweeps 5 and 15, the page 1
     assert run("evaluate", *flags).code == 0 and json.loads(path.read_text())["gold_proxy"] == "by over_optimisation"
     (folder / "sft.pt").touch()
     assert run("evaluate", *flags).code == 0 and "gold_proxy" not in json.loads(path.read_text())
@@ -340,7 +341,9 @@ def test_seeds_give_mean_and_range(tmp_path, monkeypatch):
 @pytest.mark.parametrize("flags, wanted", [
     (["--config", "headline", "--seed", 5], [["headline.py", "--seed", "5", "--out", "FOLDER"]]),
     (["--seeds", 3], [["seeds.py", "--config", "tiny", "--seeds", "3", "--out", "FOLDER"]]),
-    (["--full"], [[f"{name}.py", "FOLDER"] for name in ("over_optimisation", "instructions", "tax", "folds", "report")])])
+    (["--full"], [*([f"{name}.py", "FOLDER"] for name in ("over_optimisation", "instructions", "tax", "folds")),
+                  ["sweep.py", "FOLDER", "ppo.py", "--ptx-coef", "0"],
+                  ["sweep.py", "FOLDER", "sft.py", "--epochs", "1", "2", "4", "8", "16"], ["report.py", "FOLDER"]])])
 def test_the_experiments_that_it_runs(flags, wanted, evaluated, run, monkeypatch):
     """Each on the folder that was asked for; --full after the evaluation, whose file the experiments add to."""
     (report, _, folder), ran = evaluated, []
@@ -358,5 +361,5 @@ def test_the_experiments_that_it_runs(flags, wanted, evaluated, run, monkeypatch
 
 
 def test_what_full_runs_is_there():
-    for name in evaluate.FULL:
-        assert callable(benchmark(name).main)
+    for experiment in evaluate.FULL:
+        assert callable(benchmark(experiment.split()[0]).main)
