@@ -153,11 +153,10 @@ def markdown(title, columns, rows):
     lines = [[title, *columns], ["---"] * (len(columns) + 1), *([name, *cells] for name, cells in rows.items())]
     return "\n".join(f"| {' | '.join(line)} |".replace("_", " ") for line in lines)
 
-def benchmark(experiment, *words):
+def benchmark(experiment, *args):
     """Runs an experiment of benchmarks/ to its end; exits as it does where it fails."""
     name, *more = experiment.split()
-    words = [sys.executable, data.BENCHMARKS / f"{name}.py", *map(str, words), *more]
-    if code := subprocess.run(words).returncode:
+    if code := subprocess.run([sys.executable, data.BENCHMARKS / f"{name}.py", *map(str, args), *more]).returncode:
         sys.exit(code)
 
 def main():

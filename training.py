@@ -227,6 +227,7 @@ class Stage:
         """<stage>.pt: the weights, <stage>.json: the facts; then the state has served. <stage>.lora.pt: adapters
         alone, kilobytes; in <stage>.pt they are merged, so that each stage is a plain model."""
         save_atomically(self.history, f"{self.path}.jsonl")
+        Path(f"{self.path}.lora.pt").unlink(missing_ok=True)        # of an earlier time
         if len(adapters := learnt(trained)) < len(trained.state_dict()):
             save_atomically(adapters, f"{self.path}.lora.pt")
         save_atomically(merge_lora(trained).state_dict(), f"{self.path}.pt")

@@ -266,6 +266,13 @@ def test_a_killed_step_goes_on_with_its_adapters(lora_run, run, tmp_path):
     assert run("ppo", *PPO, "--lora-rank", R + 1, "--out", folder).code == 2
 
 
+def test_adapters_of_an_earlier_time_do_not_stay(lora_run, run, tmp_path):
+    """The stage is made anew with all its weights: what lay beside it belongs to nothing."""
+    folder = shutil.copytree(lora_run, tmp_path / "run")
+    done = run("ppo", *PPO, "--fresh", "--out", folder)
+    assert done.code == 0 and not (folder / "ppo.lora.pt").exists() and (folder / "sft.lora.pt").exists(), done.out
+
+
 def test_without_the_flag_nothing_is_frozen(tiny_run):
     assert {*stored(tiny_run.folder, "sft")} == {*stored(tiny_run.folder, "base")}
     assert not [*tiny_run.folder.glob("*.lora.pt")]
