@@ -22,6 +22,11 @@ def python(*words):
         sys.exit(f"error: python {' '.join(words)} failed. The same command goes on from there")
 
 
+def stages(run):
+    """The finished stages of a run, in their order; of an empty one the base, whose absence then is said in one line."""
+    return [stage for stage in training.MADE_BY if training.finished(run, stage)] or ["base"]
+
+
 def stored_config(run, stage, kind):
     """The config that a stage of a run was made with; kind: its class."""
     said = json.loads((run / f"{stage}.json").read_text(encoding="utf8"))["config"]

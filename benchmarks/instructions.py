@@ -98,11 +98,11 @@ def main():
     config, _ = parse("evaluate", ["--out", str(run), "--seed", str(seed)])
     device, cast, _ = training.compute(config)
     tasks = world.tasks(config.per_category * len(world.CATEGORIES), "test")
-    for stage in [stage for stage in training.MADE_BY if training.finished(run, stage)] or ["base"]:
+    for stage in commands.stages(run):
         model, tokenizer, _ = training.load_model(run, stage, device)
         label = "base_few_shot" if stage == "base" else stage
         training.progress(f"  {label}: {len(tasks):,} prompts", always=True)
-        found = evaluate.respond(model, tokenizer, tasks, 3 if stage == "base" else None, 1.0, config, cast)
+        found = evaluate.respond(model, tokenizer, tasks, evaluate.SHOTS.get(label), 1.0, config, cast)
         verdicts = world.judge_many(tasks, [a.text for a in found], [a.ended for a in found])
         attempted[label] = evaluate.by_group(tasks, [attempts(t, a.text) for t, a in zip(tasks, found)])
         constraints[label] = {form: evaluate.estimate([v.kept for t, v in zip(tasks, verdicts) if t.form[:1] == (form,)])

@@ -62,7 +62,7 @@ def main():
     run, asked = Path(sys.argv[1]), questions()
     config, _ = parse("evaluate", ["--out", str(run)])
     (device, cast, _), report = training.compute(config), {}
-    for stage in [stage for stage in training.MADE_BY if training.finished(run, stage)] or ["base"]:
+    for stage in commands.stages(run):
         model, tokenizer, _ = training.load_model(run, stage, device)
         prompts = [[tokenizer.end, *tokenizer.encode(text)] for _, text, _ in asked]
         training.progress(f"  {stage}: {len(asked):,} passages", always=True)

@@ -1,4 +1,4 @@
-"""What a GPT must do, and the usual mistakes: recipe rows A2 to A8 and O2."""
+"""What a GPT must do, and the usual mistakes: recipe rows A2 to A7 and O2 (A8: test_training.py)."""
 import io
 import math
 
