@@ -5,7 +5,7 @@ right: hence only those categories of InstructGPT's Table 1, in English and Chin
 
 A hash decides which side a prompt is on. Two more test sets hold what training never shows: whole phrasings (the
 last of each list) and combinations (an adjective and a noun, a country's capital, one filter and one map)."""
-import functools, itertools, json, random, re, zlib
+import itertools, json, random, re, zlib
 from collections import namedtuple
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +14,6 @@ import sandbox
 WORDS = json.loads((Path(__file__).parent / "world.json").read_text(encoding="utf8"))
 TABLE_1, DOCUMENT_MIX = WORDS["table_1"], WORDS["document_mix"]     # category -> % of prompts, of documents
 CATEGORIES, SHOWN = tuple(TABLE_1), tuple(WORDS["shown"])           # SHOWN: in the README
-SPLITS = ("train", "val", "test", "test_phrasing", "test_combination")
 
 # ------------------------------------------------------------------------ words and grammar
 NOUNS, ADJECTIVES, VERBS, COUNTRIES = (     # lists of dicts: the first row of a table names its columns
@@ -37,7 +36,6 @@ def noun_phrase(lang, noun, adjective=None, article="the"):
     phrase = GRAMMAR["article"][column][article].format(**noun) + SPACE[lang].join(words)
     return BEFORE_VOWEL.sub(lambda match: GRAMMAR["before_vowel"][match[1]], phrase)
 
-english, french, chinese = (functools.partial(noun_phrase, lang) for lang in ("en", "fr", "zh"))
 SENTENCE = {lang: GRAMMAR["sentence"][lang].format(*(       # a regular expression
     "|".join(row[c] for row in rows for c in columns if c in row) for rows in (ADJECTIVES, NOUNS, VERBS)))
     for lang, columns in {"en": ("en", "en_past"), "zh": ("zh",)}.items()}
@@ -116,7 +114,8 @@ def rewriting(r, lang):
     how, label, template, phrasings = r.choice(WORDS["rewriting"])
     (noun, noun2), verb = r.sample(NOUNS, 2), r.choice(VERBS)
     adjective = r.choice([a for a in ADJECTIVES if a["opposite"] != "-"])
-    words = adjective | verb | dict(noun=noun["en"], first=english(noun, adjective), second=english(noun2))
+    words = adjective | verb | dict(noun=noun["en"], first=noun_phrase("en", noun, adjective),
+                                    second=noun_phrase("en", noun2))
     source, output = "{first} {en} {second}".format(**words), template.format(**words)   # en: the verb
     if how == "reverse":
         words = [n["en"] for n in r.sample(NOUNS, r.randint(3, 5))]

@@ -12,6 +12,7 @@ import data
 import world
 from world import ADJECTIVES, NOUNS, Verdict, judge, judge_many
 
+SPLITS = ("train", "val", "test", "test_phrasing", "test_combination")
 FAMILIES = {f.__name__: (category, f) for category, families in world.FAMILIES.items() for f in families}
 FEW = {"matrix_function": "seven functions of matrices in 9 phrasings: there are not more that fit one line"}
 FEW_TO_TRAIN = {"matrix_function": "see above", "fact_question": "20 countries, 4 relations: the rest is held out",
@@ -83,7 +84,7 @@ def test_no_prompt_is_on_two_sides(sample):
             sides[task.prompt].add(task.split)
     twice = {prompt: found for prompt, found in sides.items() if len(found - {""}) > 1}
     assert not twice, list(twice.items())[:3]
-    assert {split for found in sides.values() for split in found} == {*world.SPLITS, ""}
+    assert {split for found in sides.values() for split in found} == {*SPLITS, ""}
 
 
 @pytest.mark.parametrize("split", ["test", "val", "test_phrasing", "test_combination"])
@@ -342,7 +343,7 @@ def adjective(en):
 ])
 def test_french(a, n, article, phrase):
     """Gender, place, elision before a vowel only, and the forms bel, nouvel, vieil before masculine vowels only."""
-    assert world.french(noun(n), a and adjective(a), article) == phrase
+    assert world.noun_phrase("fr", noun(n), a and adjective(a), article) == phrase
 
 
 def test_french_everywhere():
@@ -350,7 +351,7 @@ def test_french_everywhere():
     for n in NOUNS:
         for a in [None, *ADJECTIVES]:
             for article in ("the", "a"):
-                phrase = world.french(n, a, article)
+                phrase = world.noun_phrase("fr", n, a, article)
                 assert not re.search(r"\b(le|la|beau|nouveau|vieux) [aeiouâéêh]", phrase), phrase
                 assert re.fullmatch(r"(l'(?=[aeiou])|(le|la|un|une) )[\w'éèêâîôûç ]+", phrase), phrase
 
@@ -359,13 +360,13 @@ def test_french_everywhere():
     ("old", "hat", "a", "an old hat", "一顶旧帽子"), ("big", "house", "a", "a big house", "一座大房子"),
     ("ugly", "cat", "the", "the ugly cat", "难看的猫"), (None, "cat", "a", "a cat", "一只猫")])
 def test_english_and_chinese(a, n, article, en, zh):
-    assert world.english(noun(n), a and adjective(a), article) == en
-    assert world.chinese(noun(n), a and adjective(a), article) == zh
+    assert world.noun_phrase("en", noun(n), a and adjective(a), article) == en
+    assert world.noun_phrase("zh", noun(n), a and adjective(a), article) == zh
 
 
 # ---------------------------------------------------------------- the judge: right answers
 
-@pytest.mark.parametrize("split", world.SPLITS)
+@pytest.mark.parametrize("split", SPLITS)
 def test_reference_answers_get_full_marks(split):
     tasks = world.tasks(900 if split == "train" else 360, split, seed=3)
     lost = [(t.family, t.prompt, t.output, v) for t, v in zip(tasks, judge_many(tasks, [t.output for t in tasks])) if v.score < 1]
