@@ -3,7 +3,7 @@
     python sample.py --prompt "Who likes tea?" --input "Anna likes tea. Ben lives in Oslo." --num-samples 5
     python sample.py --prompt "请生成一个函数，用于计算两个矩阵的乘积" --execute
     python sample.py --rank mine.jsonl --prompts asked.jsonl --num-samples 4 --temperature 1"""
-import contextlib, json, random, re, runpy, sys
+import codecs, contextlib, json, operator, random, re, runpy, sys
 from config import UserError, parse     # before torch: see there
 import data, sandbox, training, world
 from model import load_gpt2
@@ -32,22 +32,19 @@ def execute(answer, stdin):
     code, _ = world.strip_habits(answer)
     result = sandbox.run(code, stdin)
     say("--- it runs: " + ("yes" if result.ok else result.error))
-    if result.stdout:
-        say("--- it prints:\n" + result.stdout.rstrip())
-    elif result.ok:
-        say("--- it prints nothing" + (" (it defines a function)" if "def " in code else ""))
+    nothing = " nothing" + " (it defines a function)" * ("def " in code)
+    say("--- it prints" + (f":\n{result.stdout.rstrip()}" if result.stdout else nothing))
     if result.error and result.error.startswith("EOFError"):
         say("--- it wants input: pipe it in, one line each, as in  seq 100 | python sample.py ... --execute")
 
-class Stream:
-    """Prints an answer while it is made; a character whose bytes are not all there yet waits for them."""
-    def __init__(self, tokenizer):
-        self.tokenizer, self.ids, self.shown = tokenizer, [], ""
-
-    def __call__(self, new):
-        self.ids += [i for i in new if i is not None]
-        before, self.shown = self.shown, self.tokenizer.decode(self.ids).rstrip("\ufffd")
-        print(self.shown[len(before):], end="", flush=True)
+def stream(tokenizer, shown):
+    """-> on_token of `generate`: prints an answer while it is made, and keeps its pieces in the list `shown`."""
+    decoder = codecs.getincrementaldecoder("utf8")("replace")   # a character whose bytes are not all there waits
+    def heard(new):
+        ids = [i for i in new if i is not None and i < tokenizer.end]
+        shown.append(decoder.decode(tokenizer.encoding.decode_bytes(ids)))
+        print(shown[-1], end="", flush=True)
+    return heard
 
 def chat(model, tokenizer, config, cast):
     """Turn by turn, until an empty line or Ctrl-D. Ctrl-C stops the answer, not the program."""
@@ -57,14 +54,13 @@ def chat(model, tokenizer, config, cast):
         for turn, question in enumerate(iter(lambda: input("you> ").strip(), "")):
             while len(prompt := data.encode_prompt(tokenizer, question, "", history)) > room and history:
                 history.pop(0)                      # the oldest turn goes: an answer needs room
-            stream = Stream(tokenizer)
             print("model> ", end="", flush=True)
             try:
-                answers(model, tokenizer, prompt, 1, config, cast, turn, on_token=stream)
+                answers(model, tokenizer, prompt, 1, config, cast, turn, on_token=stream(tokenizer, shown := []))
             except (KeyboardInterrupt, UserError) as why:
                 print(f" [{str(why) or 'stopped'}]", end="")
             print()
-            history.append((question, stream.shown))
+            history.append((question, "".join(shown)))
     say("bye")
 
 def parse_ranking(line, k):
@@ -98,8 +94,7 @@ def rank(model, tokenizer, stage, config, cast, folder, ask=None):
         lines = file.read().splitlines(keepends=True)
         for number, line in enumerate(lines, 1):
             try:
-                row = json.loads(line)
-                known.add(json.dumps([row[key] for key in KEYS][:3]))
+                known.add(json.dumps(operator.itemgetter(*KEYS)(json.loads(line))[:3]))
             except (ValueError, LookupError, TypeError):
                 raise UserError(f"{path}, line {number}: needed: {', '.join(KEYS)}, as --rank writes them. "
                                 "Mend or remove the line, or name another file") from None
@@ -131,19 +126,16 @@ def main(ask=None):
     folder, (device, cast, _) = training.run_path(config), training.compute(config)
     stages = [stage for stage in training.MADE_BY if training.finished(folder, stage)] or ["base"]
     stages = ["base"] if config.init else stages if config.compare else [config.stage or stages[-1]]
-    if config.init:
-        tokenizer = data.Tokenizer.published(config.init)
-        models = {"base": (load_gpt2(config.init, tokenizer.size).to(device), tokenizer, {})}
-    else:
-        models = {stage: training.load_model(folder, stage, device) for stage in stages}
+    tokenizer = data.Tokenizer.published(config.init) if config.init else None
+    models = ({"base": (load_gpt2(config.init, tokenizer.size).to(device), tokenizer, {})} if config.init else
+              {stage: training.load_model(folder, stage, device) for stage in stages})
     for stage, (model, tokenizer, _) in models.items():
         say(f"{config.init or f'{folder / stage}.pt'}, {model.num_params():,} parameters, "
             f"temperature {config.temperature:g}, seed {config.seed}")
     if config.chat:
         return chat(model, tokenizer, config, cast)
-    if config.rank and config.serve:
-        ask = runpy.run_path(f"{data.BENCHMARKS}/rank_page.py")["browser"]()
     if config.rank:
+        ask = runpy.run_path(f"{data.BENCHMARKS}/rank_page.py")["browser"]() if config.serve else ask
         return rank(model, tokenizer, stage, config, cast, folder, ask)
     questions = [(config.prompt, config.input)] if config.prompt else SHOWN if config.compare else []
     if not questions:

@@ -89,19 +89,20 @@ def test_the_fixed_question_is_not_trained_on():
 @pytest.mark.parametrize("text", ["猫 and 🐱!", "é" * 5, "plain", "", "a\ufffdb", "👩‍👩‍👧猫"])
 def test_whole_characters_only(text, bytewise, capsys):
     """A character whose bytes are not all there waits for them; what was shown is never taken back."""
-    stream, shown = sample.Stream(bytewise), ""
+    pieces, shown = [], ""
+    stream = sample.stream(bytewise, pieces)
     for i in bytewise.encode(text):
         stream([i])
         new = capsys.readouterr().out
         assert len(new) <= 2
         shown += new
         assert text.startswith(shown)
-    assert shown == text == stream.shown
+    assert shown == text == "".join(pieces)
 
 
 def test_broken_bytes_do_not_stop_the_stream(bytewise, capsys):
     """A model may sample half a character and then another one: that half is shown as such, and the rest goes on."""
-    stream = sample.Stream(bytewise)
+    stream = sample.stream(bytewise, [])
     for i in [ord("a"), 0xE7, 0x8C, ord("b"), 0xFF, *"猫".encode(), bytewise.end]:
         stream([i])
     stream([None])
