@@ -3,7 +3,7 @@
     Attention(Q, K, V) = softmax(Q Kᵀ / √d_k) V                       Vaswani et al. 2017, Eq. 1
 
 Axes: B batch, H heads, T tokens (Tq queries, Tk keys), D head size. Masks: bool or 0/1, True = may attend."""
-import functools, math
+import math
 import torch
 
 def attention(q, k, v, mask=None, *, causal=False, flash=False):
@@ -15,7 +15,7 @@ def attention(q, k, v, mask=None, *, causal=False, flash=False):
     Tq, Tk = q.shape[-2], k.shape[-2]
     kernel_masks = flash and causal and mask is None and Tq == Tk  # faster than a mask tensor
     if causal and Tq > 1 and not kernel_masks:               # a single query sees all keys
-        mask = join(mask, causal_mask(Tq, Tk, q.device))
+        mask = causal_mask(Tq, Tk, device=q.device) & (True if mask is None else mask.bool())
     if mask is not None:
         # A softmax over -inf alone is NaN: who may see nothing is shown everything, and then gets zeros
         empty = ~mask.bool().any(-1, keepdim=True)           # (B,1,Tq,1), or what broadcasts to it
@@ -32,19 +32,13 @@ def attention(q, k, v, mask=None, *, causal=False, flash=False):
         out = weights @ v                                    # (B,H,Tq,D)
     return out if mask is None else out.masked_fill(empty, 0)
 
-def causal_mask(Tq, Tk, device=None):
-    """(Tq,Tk): True where the key is not later than the query, the last of both being one token."""
-    return torch.ones(Tq, Tk, dtype=torch.bool, device=device).tril(Tk - Tq)
-
-def padding_mask(real):
-    """real (B,Tk), True at real tokens -> (B,1,1,Tk): nobody sees a pad."""
-    return None if real is None else real.bool()[:, None, None, :]
-
-def segment_mask(segments):
-    """segments (B,T), a number per packed document -> (B,1,T,T): each sees only its own."""
-    return None if segments is None else (segments[:, :, None] == segments[:, None, :])[:, None]
-
-def join(*masks):
-    """What all of these masks allow; None allows everything."""
-    masks = [mask.bool() for mask in masks if mask is not None]
-    return functools.reduce(torch.logical_and, masks) if masks else None
+def causal_mask(Tq, Tk, real=None, segments=None, device=None):
+    """True where the key is not later than the query, the last of both being one token -> (Tq,Tk).
+    real (B,Tk), True at real tokens: and is no pad; segments (B,T), a number per packed document: and stands in
+    the query's own -> (B,1,Tq,Tk)."""
+    mask = torch.ones(Tq, Tk, dtype=torch.bool, device=device).tril(Tk - Tq)
+    if real is not None:
+        mask = mask & real.bool()[:, None, None, :]
+    if segments is not None:
+        mask = mask & (segments[:, :, None] == segments[:, None, :])[:, None]
+    return mask

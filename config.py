@@ -24,8 +24,10 @@ class CommandConfig:            # what every command understands
 class TrainConfig(CommandConfig):  # what every training step understands
     resume: bool = False        # an interrupted run is continued anyway; insist that there is one
     fresh: bool = False         # begin anew, even where a finished or an interrupted run is there
+    data_eval: str = ""         # your own held-out file; without it every twentieth record of --data is held out
     clip: float = 1.0           # the largest norm of the gradient
     lora_rank: int = 0          # steps 1 to 3: above 0 only adapters of this rank learn (LoRA); 0 = all weights
+    files = property(lambda self: [name for name in (self.data, self.data_eval) if name])
 
 @dataclass(frozen=True)
 class SFTConfig(TrainConfig):   # step 0, pretraining, and step 1, supervised fine-tuning
@@ -49,6 +51,7 @@ class SFTConfig(TrainConfig):   # step 0, pretraining, and step 1, supervised fi
     epochs: int = 5
     steps: int = 0              # optimiser steps of step 1; 0 = by epochs
     batch_size: int = 64        # demonstrations an optimiser step
+    packing: bool = False       # several demonstrations share a row of block_size tokens: less padding
     lr: float = 2e-3
     matrix_lr: float = 0.004
     ptx_share: float = 0.1      # pretraining sequences among the fine-tuning ones (InstructGPT C.3: 10 %)
@@ -125,7 +128,6 @@ class SampleConfig(CommandConfig):  # using a trained model
 @dataclass(frozen=True)
 class EvaluateConfig(CommandConfig):  # measuring the stages of a run
     per_category: int = 120     # test prompts of each category
-    batch_size: int = 256       # prompts answered side by side
     best_of: int = 4            # best-of-n of the SFT model by the reward model, up to this n; 1 = off
     full: bool = False          # over-optimisation, few-shot tasks, folds over labelers, a page, as well
     seeds: int = 1              # the whole recipe with so many seeds, what is missing of it
@@ -188,11 +190,12 @@ def parse(step, argv=None, description=""):
     config = CONFIGS[step](**preset | given)
     if isinstance(config, TrainConfig) and config.resume and config.fresh:
         raise UserError("--resume goes on and --fresh begins anew: give one of them")
+    if isinstance(config, TrainConfig) and config.data_eval and not config.data:
+        raise UserError("--data-eval measures what --data teaches: give both")
     if isinstance(config, SFTConfig) and config.n_embd % config.n_head:
         raise UserError(f"--n-embd {config.n_embd} does not divide into --n-head {config.n_head} equal heads")
     for less, more in NOT_ABOVE.items():
-        a, b = getattr(config, less, 0), getattr(config, more, 0)       # not every step has them
-        if a > b:
+        if (a := getattr(config, less, 0)) > (b := getattr(config, more, 0)):       # not every step has them
             raise UserError(f"{flag(less)} {a} is more than {flag(more)} {b}")
     return config, {name: "command line" if name in given else "preset" if name in preset else "default"
                     for name in vars(config)}

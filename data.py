@@ -15,6 +15,7 @@ BENCHMARKS = Path(__file__).parent / "benchmarks"       # measurements, and the 
 # Latin letters apart from others, so that Chinese sticks to no Latin word. Both re and tiktoken cut by it.
 PATTERN = r" ?[A-Za-zÀ-ɏ]+|[^\W\d_A-Za-zÀ-ɏ]+|\d| ?[^\s\w]+|_+|\s+(?!\S)|\s+"
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+PART = 1 << 22      # bytes of a text that are in memory at once, and of its ids
 SPECIALS = ("<|endoftext|>", "<|pad|>", "<|user|>", "<|assistant|>")
 
 def train_bpe(texts, size):
@@ -50,6 +51,7 @@ class Tokenizer:
         ids = {name: first + i for i, name in enumerate(SPECIALS)}
         self.end, self.pad, self.user, self.assistant = ids.values()
         self.size, self.ranks, self.pattern = first + len(ids), ranks, pattern
+        self.dtype = np.min_scalar_type(self.size - 1)      # of many ids, in an array
         self.encoding = tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens=ids)
 
     def encode(self, text):
@@ -107,18 +109,27 @@ def encode_example(tokenizer, instruction, input, output, history=()):
     response = [*tokenizer.encode(output), tokenizer.end]
     return prompt + response, [False] * len(prompt) + [True] * len(response)
 
-def _read(path):
-    """One file, .gz or not, as text. UserError where it is missing, a folder, empty, or not UTF-8."""
-    try:
-        text = (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig").read()
-    except UnicodeDecodeError as error:
-        line = error.object[:error.start].count(b"\n") + 1
-        raise UserError(f"{path}, line {line}: not UTF-8. To convert it: iconv -f latin1 -t utf8") from None
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}. Is it whole?") from None
-    if not text.strip():
-        raise UserError(f"{path} is empty. Needed: plain text, or examples as .json or .jsonl")
-    return text
+def _read(names):
+    """Files ("a.jsonl,b*.gz") -> (path, line, text), parts of about PART bytes that begin with this line and end
+    with one; an array comes whole. UserError where a file is missing, a folder, empty, or not UTF-8."""
+    for path in (path for name in str(names).split(",") for path in sorted(glob.glob(name)) or [name]):
+        line, empty = 1, True
+        try:
+            with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
+                while part := file.read(PART) + file.readline():
+                    if line == 1 and part.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+                        part += file.read()
+                    text = part.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+                    yield path, line, text
+                    line, empty = line + text.count("\n"), empty and not text.strip()
+        except UnicodeDecodeError as error:
+            line += error.object[:error.start].count(b"\n")
+            raise UserError(f"{path}, line {line}: not UTF-8. To convert it: iconv -f latin1 -t utf8") from None
+        except (OSError, EOFError, zlib.error) as error:
+            why = getattr(error, "strerror", None) or error
+            raise UserError(f"cannot read {path}: {why}. Is it whole?") from None
+        if empty:
+            raise UserError(f"{path} is empty. Needed: plain text, or examples as .json or .jsonl")
 
 def kind_of(names):
     """What the first record is, by its keys: "text", "comparisons", "demonstrations" or "prompts"."""
@@ -127,32 +138,33 @@ def kind_of(names):
             "comparisons" if "responses" in record else
             "demonstrations" if record.keys() & {"output", "completion", "response"} else "prompts")
 
+def _parse(path, line, text, plain=""):
+    """An array, or a part of JSONL -> (where it stands, the object in our own keys) for each. Of a file named
+    otherwise, with plain="text" all is one object, with plain="prompt" each line."""
+    if plain and Path(path.removesuffix(".gz")).suffix.lower() not in (".json", ".jsonl"):
+        parts = [text] if plain == "text" else map(str.strip, text.split("\n"))
+        yield from ((path, {plain: part}) for part in parts if part.strip())
+        return
+    array = text.lstrip().startswith("[")
+    for line, part in enumerate([text] if array else text.split("\n"), line):
+        try:
+            found = json.loads(part if array else f"[{part}]")
+            if "\\ud" in part.lower():      # half of a surrogate pair is no character
+                json.dumps(found, ensure_ascii=False).encode()
+        except (ValueError, RecursionError) as error:       # ... as [[[[... is to json
+            line += getattr(error, "lineno", 1) - 1
+            raise UserError(f"{path}, line {line}: not JSON ({getattr(error, 'msg', error.args[-1])}). "
+                            "Needed: an array in [ ], or one object a line") from None
+        if array and not found:
+            raise UserError(f"{path} holds no comparison, no demonstrations, no prompts")
+        for i, record in enumerate(found, 1):
+            where = f"{path}, item {i}" if array else f"{path}, line {line}"
+            if not isinstance(record, dict):
+                raise UserError(f"{where}: needed: an object with instruction or prompt, not {record!r:.40}")
+            yield where, _own_keys(where, record)
+
 def _records(names, plain=""):
-    """Each object of JSON arrays or of JSONL -> (where it stands, the object in our own keys). names: "a.jsonl,
-    b*.json"; of a file named otherwise, with plain="text" all is a record, with plain="prompt" each line."""
-    for path in (path for name in str(names).split(",") for path in sorted(glob.glob(name)) or [name]):
-        text = _read(path)
-        if plain and Path(path.removesuffix(".gz")).suffix.lower() not in (".json", ".jsonl"):
-            parts = [text] if plain == "text" else filter(None, map(str.strip, text.splitlines()))
-            yield from ((path, {plain: part}) for part in parts)
-            continue
-        array = text.lstrip().startswith("[")
-        for line, part in enumerate([text] if array else text.split("\n"), 1):
-            try:
-                found = json.loads(part if array else f"[{part}]")
-                if "\\ud" in part.lower():      # half of a surrogate pair is no character
-                    json.dumps(found, ensure_ascii=False).encode()
-            except (ValueError, RecursionError) as error:       # ... as [[[[... is to json
-                line += getattr(error, "lineno", 1) - 1
-                raise UserError(f"{path}, line {line}: not JSON ({getattr(error, 'msg', error.args[-1])}). "
-                                "Needed: an array in [ ], or one object a line") from None
-            if array and not found:
-                raise UserError(f"{path} holds no comparison, no demonstrations, no prompts")
-            for i, record in enumerate(found, 1):
-                where = f"{path}, item {i}" if array else f"{path}, line {line}"
-                if not isinstance(record, dict):
-                    raise UserError(f"{where}: needed: an object with instruction or prompt, not {record!r:.40}")
-                yield where, _own_keys(where, record)
+    return (found for part in _read(names) for found in _parse(*part, plain))
 
 ROLES = {"user": 0, "human": 0, "assistant": 1, "gpt": 1, "system": 2}
 
@@ -213,8 +225,10 @@ def _question(where, record):
     return instruction, _take(where, record, "input", default=""), [*map(tuple, history)]
 
 def read_text(names):
-    """Plain text or records {"text": ...} -> one text, in which two empty lines set the records apart."""
-    return "\n\n\n".join(_take(*found, "text") for found in _records(names, "text"))
+    """Plain text, two empty lines between documents, or records {"text": ...} -> for each part its documents."""
+    for part in _read(names):
+        if texts := [t for found in _parse(*part, "text") for t in _take(*found, "text").split("\n\n\n")]:
+            yield texts
 
 def read_prompts(names):
     """Records with a prompt, or a .txt with one on each line -> [(instruction, input, history)]"""
@@ -244,21 +258,33 @@ def read_comparisons(names):
         raise UserError(f"{names} holds no comparison" + "".join(f"; {n} {why}" for why, n in skipped.items()))
     return found, skipped
 
+def hold_out(mine, others=()):
+    """Records -> (those to learn from, those to measure on: the others, or without any every twentieth)."""
+    return (mine, others) if others else ([record for i, record in enumerate(mine) if i % 20] or mine, mine[::20])
+
 def pack(tokenizer, texts):
     """Many texts -> one array of ids, each text ended by <|endoftext|>. Without lists: 3 times as fast."""
-    encode, small, end = tokenizer.encoding.encode_to_numpy, np.min_scalar_type(tokenizer.size - 1), tokenizer.end
-    return np.concatenate([np.append(encode(text, disallowed_special=()), end).astype(small) for text in texts])
+    encode, end, dtype = tokenizer.encoding.encode_to_numpy, tokenizer.end, tokenizer.dtype
+    return np.concatenate([np.append(encode(text, disallowed_special=()), end).astype(dtype) for text in texts])
 
 def windows(ids, block_size, n, seed):
     """n random windows of an array -> tokens (n, block_size + 1): inputs are [:, :-1], targets [:, 1:]."""
     starts = np.random.default_rng(seed).integers(0, len(ids) - block_size, n)
     return torch.from_numpy(np.stack([ids[s:s + block_size + 1] for s in starts]).astype(np.int64))
 
-def collate(examples, pad):
-    """[(ids, mask)] of any lengths -> (B,T): tokens, real (no pads), labels (what is to be learnt)."""
-    tokens = pad_sequence([torch.tensor(ids) for ids, _ in examples], batch_first=True, padding_value=pad)
-    labels = pad_sequence([torch.tensor(mask, dtype=torch.bool) for _, mask in examples], batch_first=True)
-    return tokens, torch.arange(tokens.shape[1]) < torch.tensor([[len(ids)] for ids, _ in examples]), labels
+def collate(examples, pad, size=0):
+    """[(ids, mask)] of any lengths -> (B,T): tokens, real (0 at pads), labels (what is to be learnt).
+    A row is an example, its tokens 1 in `real`; with a size, as many as this holds, 1, 2, ...: packing."""
+    rows = []
+    for ids, mask in examples:
+        if not rows or len(rows[-1][0]) + len(ids) > size:
+            rows.append(([], [], []))
+        number = max(rows[-1][1], default=0) + 1
+        for part, more in zip(rows[-1], (ids, [number] * len(ids), [False, *mask[1:]])):
+            part += more            # False: nothing predicts the first
+    tokens, real, labels = (pad_sequence([torch.tensor(part, dtype=torch.long) for part in parts], True, filler)
+                            for parts, filler in zip(zip(*rows), (pad, 0, 0)))
+    return tokens, real, labels.bool()
 
 def epoch_batches(lengths, batch_size, seed):
     """The order of one epoch, as index lists: every example once, each batch of about equal lengths."""

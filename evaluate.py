@@ -50,7 +50,7 @@ def respond(model, tokenizer, tasks, shots, temperature, config, cast):
         n, shown = model.config.block_size, world.tasks(9 * len(world.CATEGORIES), "train", config.seed + 1)
         prompts = [few_shot_prompt(tokenizer, t, [s for s in shown if s.category == t.category][i % 3::3][:shots],
                                    max(n - 64, n // 2)) for i, t in enumerate(tasks)]
-    found = training.respond(model, tokenizer, prompts, 100, temperature, config.seed, cast, config.batch_size)
+    found = training.respond(model, tokenizer, prompts, 100, temperature, config.seed, cast)
     if shots is not None:                       # a base goes on with the next question: its answer ends there
         cut = [a.text.split("\n\nQuestion:") for a in found]
         found = [a._replace(text=parts[0], ended=a.ended or len(parts) > 1) for a, parts in zip(found, cut)]
@@ -90,8 +90,7 @@ def measure(config, folder, stages, device, cast):
     sets = {name: world.tasks(config.per_category * len(world.CATEGORIES), name) for name in SETS}
     models, verdicts, texts, test = {}, {"": {}, "_greedy": {}}, None, sets["test"]
     report |= {"seed": config.seed, "answers": [{"prompt": task.prompt} for task in test[:10]]}
-    for label in (label for stage in stages for label in (SHOTS if stage == "base" else [stage])):
-        stage = "base" if label in SHOTS else label
+    for stage, label in ((stage, label) for stage in stages for label in (SHOTS if stage == "base" else [stage])):
         model, tokenizer, facts = training.load_model(folder, stage, device)
         for (name, tasks), (temperature, greedy) in itertools.product(sets.items(), ((0.0, "_greedy"), (1.0, ""))):
             training.progress(f"  {label}: {name}{greedy}")

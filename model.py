@@ -1,8 +1,7 @@
 """A GPT in one file: GPT-2 (Radford et al. 2019), and its published weights; KV cache, sampling; LoRA.
 
 Axes: B batch, T tokens (P of a prompt, R of a response), V vocabulary, C channels, H heads, D = C/H, L layers"""
-import copy, json, math
-from collections import OrderedDict, namedtuple
+import collections, copy, json, math
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
@@ -10,7 +9,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from config import UserError
-from attention import attention, causal_mask, join, padding_mask, segment_mask
+from attention import attention, causal_mask
 
 @dataclass(frozen=True)
 class GPTConfig:
@@ -68,7 +67,7 @@ class Block(nn.Module):
         self.ln_1 = nn.LayerNorm(C)
         self.attn = SelfAttention(config)
         self.ln_2 = nn.LayerNorm(C)
-        self.mlp = nn.Sequential(OrderedDict(   # GELU's tanh form, as GPT-2: erf shifts the logits (RECIPE A6)
+        self.mlp = nn.Sequential(collections.OrderedDict(   # GELU's tanh form, as in GPT-2 (RECIPE A6)
             c_fc=Linear(C, 4 * C), gelu=nn.GELU(approximate="tanh"),                 # (B,T,4C)
             c_proj=Linear(4 * C, C), dropout=nn.Dropout(config.dropout)))            # (B,T,C)
 
@@ -114,8 +113,7 @@ class GPT(nn.Module):
         positions (B,T): rows of wpe; by default the number of real tokens before, in the same segment.
         segments (B,T): a number per packed document; they do not see each other. Not with a cache.
         cache: a KVCache; `tokens` follow those that it holds, and `mask` covers both, (B,Tk)."""
-        T = tokens.shape[1]
-        past = 0 if cache is None else cache.length
+        T, past = tokens.shape[1], 0 if cache is None else cache.length
         # With a mask or positions given, pads may make the cache wider than the context.
         context = past + T if mask is None and positions is None else T
         if context > self.config.block_size:
@@ -123,8 +121,7 @@ class GPT(nn.Module):
         if positions is None:
             positions = token_positions(past + T, mask, segments, tokens.device)[:, past:]
         causal = mask is None and segments is None      # else a mask tensor, (B,1,T,Tk): one for all layers
-        allowed = None if causal else join(causal_mask(T, past + T, tokens.device) if T > 1 else None,
-                                           padding_mask(mask), segment_mask(segments))
+        allowed = None if causal else causal_mask(T, past + T, mask, segments, tokens.device)
         x = self.drop(self.wte(tokens) + self.wpe(positions))       # (B,T,C)
         for layer, block in enumerate(self.h):
             x = block(x, allowed, causal, cache, layer)
@@ -164,8 +161,6 @@ class KVCache:
     def append(self, layer, k, v):
         """k, v (B,H,T,D) of the new tokens -> those of all tokens, (B,H,length+T,D)."""
         end = self.length + k.shape[2]
-        if end > self.k.shape[3]:
-            raise ValueError(f"{end} tokens do not fit a cache for {self.k.shape[3]}")
         self.k[layer, :, :, self.length:end] = k
         self.v[layer, :, :, self.length:end] = v
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
@@ -177,7 +172,7 @@ class KVCache:
         self.k, self.v = self.k[:, :len(rows)], self.v[:, :len(rows)]
 
 # lists of the sampled ids, EOS included where it was drawn; (B,R) their log-probs, fp32, zeros after the end
-Generation = namedtuple("Generation", "responses logprobs")
+Generation = collections.namedtuple("Generation", "responses logprobs")
 
 def generate(gpt, prompts, max_new_tokens, *, temperature=1.0, top_k=0, top_p=1.0, eos=None, generator=None,
              on_token=None):
@@ -187,12 +182,10 @@ def generate(gpt, prompts, max_new_tokens, *, temperature=1.0, top_k=0, top_p=1.
     those drawn from: after temperature, top_k, top_p (RECIPE O2; greedy: zeros). generator: same seed, same result
     for a row whenever others end. on_token: called at each step with the B new ids, None for an ended response."""
     sizes, block_size = [len(p) for p in prompts], gpt.config.block_size
-    if not prompts or min(sizes) == 0:
-        raise ValueError("generate needs at least one prompt, and at least one token in each")
+    if not prompts or min(sizes) == 0 or temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
+        raise ValueError("generate needs at least one token a prompt, temperature and top_k >= 0, 0 < top_p <= 1")
     if max(sizes) > block_size:
         raise ValueError(f"a prompt of {max(sizes)} tokens does not fit block_size {block_size}")
-    if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
-        raise ValueError("generate needs temperature >= 0, top_k >= 0 and 0 < top_p <= 1")
     device = gpt.wte.weight.device
     shape = max(0, min(max_new_tokens, block_size - min(sizes))), len(prompts)      # (R,B)
     # All random numbers at once, so that nothing that happens on the way can shift them.
@@ -274,7 +267,7 @@ def add_lora(gpt, rank, alpha=16.0):
 
 @torch.no_grad()
 def merge_lora(gpt):
-    """W becomes W + (α/r) B A, and the adapters go, in place: a plain GPT again, all of which may learn. -> gpt"""
+    """W becomes W + (α/r) B A, and the adapters go, in place: a plain GPT again, and all may learn. -> gpt"""
     for layer in [m for m in gpt.modules() if isinstance(m, Linear) and m.scale]:
         layer.weight = nn.Parameter(layer.weight + layer.scale * layer.B @ layer.A)
         del layer.A, layer.B, layer.scale

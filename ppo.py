@@ -151,12 +151,11 @@ def own_reward(name):
     return checked
 
 def rollout(policy, tokenizer, tasks, reward, config, seed, cast):
-    """Answer at temperature 1, no top-k, no top-p, and score -> prompts, [training.Answer], scores (B,)."""
+    """Sample at temperature 1, no top-k, top-p -> prompts, [Answer], scores (B,); no end: replaced (RECIPE O7)"""
     prompts = [data.encode_prompt(tokenizer, *task.parts)[1 - policy.config.block_size:] for task in tasks]
     answers = training.respond(policy, tokenizer, prompts, config.max_new_tokens, 1.0, seed, cast)
     scores = torch.tensor(reward(tasks, [a.text for a in answers]), dtype=torch.float32)
-    ended = torch.tensor([a.ended for a in answers])
-    return prompts, answers, torch.where(ended, scores, config.unfinished_score)    # replaced (RECIPE O7)
+    return prompts, answers, torch.where(torch.tensor([a.ended for a in answers]), scores, config.unfinished_score)
 
 @torch.no_grad()
 def assess(policy, reference, value, batches, cast):
@@ -213,8 +212,7 @@ def sequence_kl(policy, reference, prompts, answers, pad, cast):
     """Σ_t k1 of each answer, sampled of the policy: on average KL(π‖π_ref) in nats an answer -> [float]"""
     first, device, found = 1 - policy.config.block_size, policy.wte.weight.device, []
     for i in range(0, len(prompts), 64):
-        asked = [prompt[first:] for prompt in prompts[i:i + 64]]
-        e = Episodes(asked, [a.ids for a in answers[i:i + 64]], pad, device)
+        e = Episodes([p[first:] for p in prompts[i:i + 64]], [a.ids for a in answers[i:i + 64]], pad, device)
         k1, _, _ = kl_estimates(e.logprobs(policy, cast), e.logprobs(reference, cast))
         found += (k1 * e.mask).sum(1).tolist()
     return found
@@ -235,8 +233,9 @@ def prompts_of(config):
     if not config.data:
         return (world.tasks(config.prompts, "train", config.seed + 2000, world.PRACTICE),
                 world.tasks(config.eval_prompts, "val", config.seed))
-    own = [world.Task("", *asked, "", (), history=tuple(past)) for *asked, past in data.read_prompts(config.data)]
-    return [task for i, task in enumerate(own) if i % 20] or own, own[::20][:config.eval_prompts]
+    pool, test = data.hold_out(*map(data.read_prompts, config.files))
+    return [[world.Task("", *asked, "", (), history=tuple(past)) for *asked, past in side]
+            for side in (pool, test[:config.eval_prompts])]
 
 def health(row, past):
     """What is wrong with this iteration, cause and remedy -> list of str. past: the earlier rows."""
@@ -279,10 +278,10 @@ def main():
     started, config, folder, device, cast = training.begin("ppo", __doc__)
     reference, tokenizer, _ = training.load_model(folder, "sft", device)
     reward, reward_model = make_reward(config, folder, reference, tokenizer, cast, device)
-    corpora = sorted(folder.glob("corpus-*.npy"), key=lambda path: path.stat().st_mtime)
+    corpora = sorted(folder.glob("corpus-*.bin"), key=lambda path: path.stat().st_mtime)
     if config.ptx_coef and not corpora:
-        raise UserError(f"{folder} has no corpus-*.npy, step 0's text: run sft.py, or use --ptx-coef 0")
-    corpus = np.load(corpora[-1], mmap_mode="r") if config.ptx_coef else None
+        raise UserError(f"{folder} has no corpus-*.bin, step 0's text: run sft.py, or use --ptx-coef 0")
+    corpus = np.memmap(corpora[-1], tokenizer.dtype, "r") if config.ptx_coef else None
     parts = learners(config, reference, reward_model, device)
     policy, ema, value = parts["policy"], parts["ema"], parts.get("value")
     adams = [parts[name] for name in ("adam", "value_adam") if name in parts]

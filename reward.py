@@ -176,8 +176,8 @@ def encode_groups(tokenizer, comparisons, size):
 
 def train(config, folder, model, groups, pad, cast):
     """One epoch over the prompts; all pairs of a prompt are one element of a batch -> the Stage."""
-    lengths = [max(map(len, ids)) for ids, _ in groups]
-    batches = data.epoch_batches(lengths, config.batch_prompts, (config.seed, "reward"))
+    longest = [max(map(len, ids)) for ids, _ in groups]
+    batches = data.epoch_batches(longest, config.batch_prompts, (config.seed, "reward"))
     steps = len(batches[:config.steps or None])
     both = adamw, muon = training.muon_and_adamw(model, config.matrix_lr, config.lr, config.weight_decay)
     stage = training.Stage(folder, config.objective, config, steps, model=model, adamw=adamw, muon=muon)
@@ -225,11 +225,11 @@ def main():
     model = (ImplicitReward(sft, tokenizer.assistant, config.dpo_beta) if dpo else
              RewardModel(sft, tokenizer.assistant if config.likelihood else None)).to(device)
     add_lora(model.policy if dpo else model.trunk, config.lora_rank)
-    if config.data:     # every twentieth of the user's comparisons is held out
-        comparisons, skipped = data.read_comparisons(config.data)
-        say(f"step 2: {len(comparisons):,} comparisons in {config.data}; skipped: {skipped or 'none'}")
-        held_out = encode_groups(tokenizer, comparisons[::20], size)
-        comparisons = [c for i, c in enumerate(comparisons) if i % 20] or comparisons
+    if config.data:
+        found, skipped = zip(*map(data.read_comparisons, config.files))
+        say(f"step 2: {len(found[0]):,} comparisons in {config.data}; skipped: {skipped[0] or 'none'}")
+        comparisons, held_out = data.hold_out(*found)
+        held_out = encode_groups(tokenizer, held_out, size)
     else:
         say(f"step 2: labelers rank answers of {config.from_} to {config.prompts:,} prompts")
         comparisons = make_comparisons(config, folder, tokenizer, device, cast)
@@ -245,12 +245,12 @@ def main():
         found = measure(model, tokenizer, tasks, answers, config.seed, size, cast)
         zero = [encode(tokenizer, task.parts, [answer], size)
                 for task, answer in world.demonstrations(400, "val", config.seed)]
-    say("  on held-out prompts (gold: the judge's order; ceiling: the labelers in it):"
-        + "".join(f"\n    {v:6.3f} {k}" for k, v in found.items() if isinstance(v, float)))
+    shown = found | found.get("categories", {})
+    say("  on held-out prompts (gold: the judge's order; ceiling: the labelers in it; categories: gold):"
+        + "".join(f"\n    {v:6.3f} {k}" for k, v in shown.items() if isinstance(v, float)))
     if not config.data:
-        categories = ", ".join(f"{c} {a or 0:.2f}" for c, a in found["categories"].items())
         bins = ", ".join(f"{p:.2f} {o:.2f}" for p, o, _ in found["reliability"])
-        say(f"    accuracy_gold by category: {categories}\n    preference, predicted and observed: {bins}")
+        say(f"    preference, predicted and observed: {bins}")
     if not dpo:     # the scores' zero is arbitrary: put it where demonstrations are (InstructGPT 3.5)
         model.shift -= score_many(model, zero, tokenizer.pad, cast).sum().to(device) / sum(map(len, zero))
     stage.finish(model.policy if dpo else model, model=vars(sft.config), parent="sft", measured=found)

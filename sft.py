@@ -14,9 +14,8 @@ Where this deviates from InstructGPT (Ouyang et al. 2022):
  5. Step 0 begins with recitals (lists read out again), and Muon trains the matrices: so it learns to copy from
     its context in 400 steps. Without recitals it had not after 1,800 of twice the size.
 Axes: B batch, T tokens, V vocabulary."""
-import time
-from dataclasses import replace
-from itertools import islice, repeat
+import dataclasses, time
+from itertools import chain, islice, repeat
 from config import UserError     # before torch: see there
 import numpy as np
 import torch
@@ -34,12 +33,12 @@ def next_token_loss(logits, targets, mask, reduction="mean"):
     return total if reduction == "sum" else total / mask.sum().clamp(min=1)
 
 def batch_loss(model, tokens, real, labels, cast):
-    """Σ of next_token_loss over the labelled tokens of one batch (B,T); real None: there are no pads."""
+    """Σ of next_token_loss over the labelled tokens of one batch, as data.collate makes it; real None: no pads"""
     device = next(model.parameters()).device
     tokens, real, labels = (x if x is None else x.to(device) for x in (tokens, real, labels))
     targets, wanted = tokens[:, 1:], labels[:, 1:]
-    with cast:
-        x = model.hidden(tokens[:, :-1], None if real is None else real[:, :-1])
+    with cast:      # no example sees another, if some share a row, nor the pads, and each has its own positions
+        x = model.hidden(tokens[:, :-1], segments=None if real is None else real[:, :-1])
         if not wanted.all():        # only what is learnt is unembedded: the logits are a third of the work
             x, targets = x[wanted][None], targets[wanted][None]
         logits = model.unembed(x)
@@ -72,32 +71,36 @@ def make_tokenizer(config, folder, own):
         tokenizer = data.Tokenizer.published(config.init) if config.init else data.Tokenizer.gpt2()
     else:       # said first: it takes seconds
         say(f"tokenizer: up to {config.vocab_size} tokens by byte-pair encoding")
-        texts = [own[:4_000_000]] if isinstance(own, str) else [
+        texts = next(data.read_text(own)) if isinstance(own, str) else [
             *islice(world.documents(config.seed), 2000), *islice(world.recitals(config.seed), 1000),
             *(f"{task.prompt}\n{answer}" for task, answer in world.demonstrations(6000, seed=config.seed)),
-            *("\n".join(parts[:3]) for parts in own or ())]
+            *("\n".join(parts[:3]) for side in own or () for parts in side)]
         tokenizer = data.Tokenizer(data.train_bpe(texts, config.vocab_size - len(data.SPECIALS)))
     tokenizer.save(path)
     return tokenizer
 
 def make_corpus(config, folder, tokenizer, own):
     """Step 0's text as arrays of ids -> ({name: train}, {name: held out}). Step 3 reads the file too."""
-    key = [own] if isinstance(own, str) else [config.seed, config.pretrain_docs]
-    path = folder / f"corpus-{training.seed_of(*key, tokenizer.ranks):08x}.npy"
-    if isinstance(own, str):
-        ids, T = data.pack(tokenizer, own.split("\n\n\n")), config.block_size
-        cut = len(ids) - max(len(ids) // 10, T + 1)
-        if cut <= T:
-            raise UserError(f"{config.data}: {len(ids)} tokens, too few for --block-size {T}")
-        training.save_atomically(ids[:cut], path)
-        return {"documents": ids[:cut]}, {"text": ids[cut:]}
+    key = (config.data_eval, *map(training.seed_of, data.read_text(own))) if isinstance(own, str) else (
+        config.seed, config.pretrain_docs)
+    path = folder / f"corpus-{training.seed_of(*key, tokenizer.ranks):08x}.bin"
+    if isinstance(own, str):        # held out: of its first part the last tenth, or --data-eval's first part
+        ids, *other = (data.pack(tokenizer, next(data.read_text(name))) for name in config.files)
+        T, cut = config.block_size, len(ids) if other else len(ids) - max(len(ids) // 10, config.block_size + 1)
+        held_out = other[0] if other else ids[cut:]
+        if min(cut, len(held_out)) <= T:
+            raise UserError(f"{own}: {cut} tokens, and {len(held_out)} held out, are too few for --block-size {T}")
+        if not path.exists():
+            later = (data.pack(tokenizer, part) for part in islice(data.read_text(own), 1, None))
+            training.save_atomically(chain([ids[:cut]], later), path)
+        return {"documents": np.memmap(path, tokenizer.dtype, "r")}, {"text": held_out}
     if not path.exists():
         parts, documents = [], world.documents(config.seed)
         while (count := sum(map(len, parts))) < config.pretrain_docs:
             training.progress(f"  writing documents: {count:,} of {config.pretrain_docs:,} tokens")
             parts.append(data.pack(tokenizer, list(islice(documents, 4000))))
-        training.save_atomically(np.concatenate(parts)[:config.pretrain_docs], path)
-    corpus = {"documents": np.load(path, mmap_mode="r"),
+        training.save_atomically([np.concatenate(parts)[:config.pretrain_docs]], path)
+    corpus = {"documents": np.memmap(path, tokenizer.dtype, "r"),
               "recitals": data.pack(tokenizer, list(islice(world.recitals(config.seed), 8000)))}
     return corpus, held_out_text(tokenizer, config.seed)
 
@@ -115,18 +118,17 @@ def held_out_windows(ids, block_size, n=32):
     return [plain_text(x) for x in data.windows(ids, min(block_size, len(ids) - 1), n, seed=0).split(16)]
 
 def make_examples(config, tokenizer, own):
-    """Step 1's (train, val), lists of (ids, mask), without what is too long; of your own 1 in 20 is val."""
-    fitting, mine = [], own and {"train": [d for i, d in enumerate(own) if i % 20], "val": own[::20]}
+    """Step 1's (train, val), lists of (ids, mask), without what is too long."""
+    fitting, T = [], config.block_size
     for side, n in (("train", config.demonstrations), ("val", 400)):
-        written = mine[side] if own else [(t.instruction, t.input, answer, t.history)
-                                          for t, answer in world.demonstrations(n, side, config.seed)]
+        written = own[len(fitting)] if own else [(t.instruction, t.input, answer, t.history)
+                                                 for t, answer in world.demonstrations(n, side, config.seed)]
         examples = [data.encode_example(tokenizer, *d) for d in written]
-        fitting.append([e for e in examples if len(e[0]) <= config.block_size])
+        fitting.append([e for e in examples if len(e[0]) <= T])
         if not fitting[-1]:
-            raise UserError(f"{config.data}: two demonstrations must fit --block-size {config.block_size}")
+            raise UserError(f"{config.data}: no {side} demonstration fits --block-size {T}")
         if dropped := len(examples) - len(fitting[-1]):
-            say(f"  {dropped} of {len(examples)} {side} demonstrations are longer than {config.block_size} "
-                "tokens and were dropped (a larger --block-size keeps them)")
+            say(f"  {dropped} of {len(examples)} {side} demonstrations exceed --block-size {T}: dropped")
     return fitting
 
 # ------------------------------------------------------------------------ the two steps
@@ -151,7 +153,7 @@ def learn(config, folder, name, model, steps, warmup, rates, batch, check, cast,
             found = ", ".join(f"{text} {loss:.3f}" for text, loss in losses.items())
             say(f"  {name} {step + 1}: held-out loss {found} nats a token")
             metrics |= {f"val_{text}": loss for text, loss in losses.items()}
-        stage.log(sum(int((labels if real is None else real).sum()) for _, real, labels in micro), **metrics)
+        stage.log(sum(int((labels if real is None else real > 0).sum()) for _, real, labels in micro), **metrics)
     stage.finish(model, model=vars(model.config), losses=losses, **facts)
 
 def pretrain(config, folder, model, corpus, held_out, cast):
@@ -174,7 +176,7 @@ def finetune(config, folder, model, tokenizer, train, val, corpus, ask, cast):
     checks = [data.collate(val[i:i + 100], tokenizer.pad) for i in range(0, len(val), 100)]
     prompts = [data.encode_prompt(tokenizer, *question) for question in ask]
     def batch(step):
-        rows = data.collate([train[i] for i in order[step]], tokenizer.pad)
+        rows = data.collate([train[i] for i in order[step]], tokenizer.pad, config.packing * config.block_size)
         B, T = rows[0].shape
         if n := round(B * config.ptx_share / (1 - config.ptx_share)):
             text, _, every = plain_text(data.windows(corpus["documents"], T - 1, n, [config.seed, step, 1]))
@@ -190,14 +192,14 @@ def finetune(config, folder, model, tokenizer, train, val, corpus, ask, cast):
 
 def main():
     started, config, folder, device, cast = training.begin("sft", __doc__)
-    read = data.read_text if config.data and data.kind_of(config.data) == "text" else data.read_demonstrations
-    own = read(config.data) if config.data else None
+    own = None if not config.data else config.data if data.kind_of(config.data) == "text" else (
+        data.hold_out(*map(data.read_demonstrations, config.files)))
     tokenizer = make_tokenizer(config, folder, own)
     kept = training.finished(folder, "base") and not config.fresh
     model = (training.load_model(folder, "base")[0] if kept else
              load_gpt2(config.init, tokenizer.size) if config.init else
              training.build(config, tokenizer.size)).to(device)
-    config = replace(config, block_size=min(config.block_size, model.config.block_size))    # a base has its own
+    config = dataclasses.replace(config, block_size=min(config.block_size, model.config.block_size))
     corpus, held_out = make_corpus(config, folder, tokenizer, own)
     if kept:
         say(f"step 0: {folder / 'base.pt'} is there and is kept (--fresh makes it anew)")
@@ -210,7 +212,7 @@ def main():
         pretrain(config, folder, model, corpus, held_out, cast)
     if not isinstance(own, str):
         train, val = make_examples(config, tokenizer, own)
-        ask = [(d[0], d[1], d[3]) for d in own[:60:20]] if own else [(prompt, "") for prompt in world.SHOWN]
+        ask = [(d[0], d[1], d[3]) for d in own[1][:3]] if own else [(prompt, "") for prompt in world.SHOWN]
         torch.manual_seed(training.seed_of(config.seed, "lora"))
         add_lora(model, config.lora_rank)
         say(f"step 1: fine-tune on {len(train):,} demonstrations, {config.epochs} times")

@@ -3,9 +3,8 @@
 A run is a folder. Each stage of it (base, sft, ...) leaves <stage>.pt (weights), <stage>.json (config, time)
 and <stage>.jsonl (an object a step); while it trains, <stage>.state holds all that is needed to go on. Resume
 is exact (same machine and threads): a step depends on weights, optimiser and (seed, stage, step) alone."""
-import collections, contextlib, ctypes, functools, json, math, os, resource, sys, time, timeit, zlib
+import collections, contextlib, ctypes, datetime, functools, json, math, os, re, resource, sys, time, timeit, zlib
 from pathlib import Path
-import numpy as np
 import torch
 from config import YES_NO, UserError, parse, show
 from data import Tokenizer
@@ -31,9 +30,8 @@ def pick_dtype(name, device):
     def speed(dtype):                           # GFLOP/s of a product of this model family's size
         a, b = (torch.randn(shape, device=device, dtype=dtype) for shape in ((1024, 256), (256, 1024)))
         return 2 * 1024 * 256 * 1024e-9 / min(timeit.repeat(lambda: (a @ b).sum().item(), number=1, repeat=8))
-    fp32, bf16 = speed(torch.float32), speed(torch.bfloat16)
-    why = f"probe: fp32 {fp32:.0f}, bf16 {bf16:.0f} GFLOP/s"
-    return torch.bfloat16 if bf16 > 1.5 * fp32 else torch.float32, why
+    a, b = speed(torch.float32), speed(torch.bfloat16)
+    return torch.bfloat16 if b > 1.5 * a else torch.float32, f"probe: fp32 {a:.0f}, bf16 {b:.0f} GFLOP/s"
 
 def compute(config):
     """-> (device, autocast, both in words). In bf16 are the forward passes alone: weights, optimiser stay fp32."""
@@ -81,7 +79,7 @@ def muon_and_adamw(model, matrix_lr, lr, weight_decay):
 # ------------------------------------------------------------------------ files, and what the user sees
 def save_atomically(value, path):
     """Write beside, then rename: whenever the power goes, the file is whole, the old one or the new one.
-    By the name's ending: .json, .jsonl (a list of rows), .npy (an array), a str, or what torch.save takes."""
+    By the name's ending: .json, .jsonl (a list of rows), .pt and .state (by torch.save); else a str, or arrays."""
     path, beside = Path(path), Path(f"{path}.tmp")
     if path.suffix in (".json", ".jsonl"):
         rows, indent = ([value], 1) if path.suffix == ".json" else (value, None)
@@ -89,10 +87,8 @@ def save_atomically(value, path):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(beside, "wb") as file:
-            if isinstance(value, str):
-                file.write(value.encode())
-            else:
-                np.save(file, value) if path.suffix == ".npy" else torch.save(value, file)
+            parts = [value.encode()] if isinstance(value, str) else value
+            torch.save(value, file) if path.suffix in (".pt", ".state") else file.writelines(parts)
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
@@ -112,9 +108,8 @@ def load(path, device="cpu"):
 def run_path(config):
     """Where the run is: --out, or runs/<config>, or with own data runs/<config>-<stem of its first file>."""
     own = config.data or getattr(config, "init", "")
-    stem = Path(own.split(",")[0].removesuffix(".gz")).stem
-    name = "-".join("".join(c if c.isalnum() or c in "-_." else " " for c in stem).split()).strip("-.") or "data"
-    return Path(config.out or f"runs/{config.config}" + (f"-{name}" if own else ""))
+    stem = re.sub(r"[^\w.-]+", "-", Path(own.split(",")[0].removesuffix(".gz")).stem).strip("-.") or "data"
+    return Path(config.out or f"runs/{config.config}" + (f"-{stem}" if own else ""))
 
 def run_folder(config):
     """The folder of the run, made and proved writable before anything is computed."""
@@ -138,8 +133,7 @@ def progress(text, always=False):
 
 def clock(seconds):
     """75 -> "1:15"; 4000 -> "1:06:40"."""
-    minutes, seconds = divmod(int(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
+    return re.sub("^0:0?", "", str(datetime.timedelta(seconds=int(seconds))))
 
 def command(main):
     """Runs a script's main: what the user can mend is one line, Ctrl-C a line that says how to go on."""
@@ -205,7 +199,6 @@ class Stage:
         params = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
         norm = torch.nn.utils.clip_grad_norm_(params, clip).item()
         if not math.isfinite(loss + norm):
-            save_atomically(self.history, f"{self.path}.jsonl")
             raise UserError(f"{self.name}, step {self.step + 1}: loss {loss}, gradient's norm {norm}. "
                             f"Try a lower learning rate or --dtype fp32. Last good state: {self.state_path}")
         for optimizer in optimizers:

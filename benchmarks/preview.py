@@ -48,8 +48,8 @@ def main():
     elif kind == "demonstrations":
         records = [[("", *data.encode_example(tokenizer, *parts))] for parts in data.read_demonstrations(names)]
     else:
-        found = data.read_text(names).split("\n\n\n")
-        records = [[("", [*tokenizer.encode(text), tokenizer.end], repeat(True))] for text in found]
+        records = [[("", [*tokenizer.encode(text), tokenizer.end], repeat(True))]
+                   for part in data.read_text(names) for text in part]
     sizes = [len(ids) if known else len(tokenizer.decode(ids)) for record in records for _, ids, _ in record]
     print(f"{names}: {len(records):,} {kind}; skipped:",
           ", ".join(f"{n:,} {why}" for why, n in skipped.items()) or "none")

@@ -32,7 +32,7 @@ COLUMNS = ("preferred to SFT, %", "accuracy, %", "gold", "RM score", "code, %", 
 
 def prepare(run, folder, script):
     """A folder with copies of what the step starts from; begun anew where the run has other weights by now."""
-    names = [f"{stage}.*" for stage in STARTS_FROM[script]] + ["tokenizer.json", "corpus-*.npy"]
+    names = [f"{stage}.*" for stage in STARTS_FROM[script]] + ["tokenizer.json", "corpus-*.bin"]
     found = [path for name in names for path in run.glob(name)]
     if any(not (copy := folder / path.name).exists() or copy.stat().st_mtime < path.stat().st_mtime for path in found):
         shutil.rmtree(folder, ignore_errors=True)

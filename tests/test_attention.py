@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from attention import attention, causal_mask, join, padding_mask, segment_mask
+from attention import attention, causal_mask
 
 B, H, D, T, LONGER = 2, 3, 5, 7, 11
 PATHS = pytest.mark.parametrize("flash", [False, True], ids=["by hand", "flash"])
@@ -23,12 +23,12 @@ KINDS = {
     "causal": (T, None, True),
     "causal, fewer queries than keys": (LONGER, None, True),
     "causal, more queries than keys": (5, None, True),
-    "padding": (T, padding_mask(REAL), False),
-    "padding and causal": (T, padding_mask(REAL), True),     # has empty rows: the left pads
-    "segments and causal": (T, segment_mask(SEGMENTS), True),
-    "all joined": (T, join(padding_mask(REAL), segment_mask(SEGMENTS), causal_mask(T, T)), False),
+    "padding": (T, REAL.bool()[:, None, None], False),
+    "padding and causal": (T, REAL.bool()[:, None, None], True),     # has empty rows: the left pads
+    "segments and causal": (T, causal_mask(T, T, segments=SEGMENTS), True),
+    "all joined": (T, causal_mask(T, T, REAL, SEGMENTS), False),
     "an empty row": (LONGER, DEAF, False),
-    "numbers instead of bools": (T, padding_mask(REAL).long(), False),
+    "numbers instead of bools": (T, REAL[:, None, None], False),
 }
 
 
@@ -154,7 +154,7 @@ def test_masks_say_who_sees_whom():
     """Rows are queries, columns keys. Usual mistake: the transposed mask, which sees the future."""
     assert causal_mask(3, 3).long().tolist() == [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
     assert causal_mask(2, 4).long().tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
-    assert segment_mask(torch.tensor([[5, 5, 2]]))[0, 0].long().tolist() == [
-        [1, 1, 0], [1, 1, 0], [0, 0, 1]]
-    assert padding_mask(torch.tensor([[0, 1, 1]])).tolist() == [[[[False, True, True]]]]
-    assert join(None, None) is None
+    assert causal_mask(3, 3, segments=torch.tensor([[5, 5, 2]]))[0, 0].long().tolist() == [[1, 0, 0], [1, 1, 0], [0, 0, 1]]
+    assert causal_mask(2, 3, torch.tensor([[0, 1, 1]]))[0, 0].long().tolist() == [[0, 1, 0], [0, 1, 1]]
+    both = causal_mask(3, 3, torch.tensor([[1, 1, 0]]), torch.tensor([[5, 2, 2]]))
+    assert both.dtype == torch.bool and both[0, 0].long().tolist() == [[1, 0, 0], [0, 1, 0], [0, 1, 0]]

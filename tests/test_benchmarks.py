@@ -106,14 +106,14 @@ def some_run(tmp_path):
     run = tmp_path / "tiny"
     run.mkdir()
     for name in ("base.pt", "base.json", "sft.pt", "sft.json", "reward.pt", "reward.json", "ppo.pt", "ppo.json",
-                 "tokenizer.json", "corpus-1.npy", "evaluation.json", "comparisons-1.jsonl"):
+                 "tokenizer.json", "corpus-1.bin", "evaluation.json", "comparisons-1.jsonl"):
         (run / name).write_text(json.dumps({"config": {"seed": 7, "config": "tiny"}}))
     return run
 
 
-@pytest.mark.parametrize("script, has, lacks", [("ppo.py", "sft.pt reward.pt corpus-1.npy tokenizer.json", "ppo.pt evaluation.json"),
+@pytest.mark.parametrize("script, has, lacks", [("ppo.py", "sft.pt reward.pt corpus-1.bin tokenizer.json", "ppo.pt evaluation.json"),
                                                 ("reward.py", "sft.pt base.pt", "reward.pt ppo.pt comparisons-1.jsonl"),
-                                                ("sft.py", "base.pt corpus-1.npy", "sft.pt reward.pt")])
+                                                ("sft.py", "base.pt corpus-1.bin", "sft.pt reward.pt")])
 def test_a_value_starts_from_the_steps_before_and_from_nothing_else(tmp_path, script, has, lacks):
     """Usual mistakes: the run itself is changed, or the step finds its own result there and is not run at all."""
     run, folder = some_run(tmp_path), tmp_path / "tiny-x-1"

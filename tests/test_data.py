@@ -237,7 +237,7 @@ def test_demonstrations_from_a_file(name, tmp_path):
 
 def test_text_from_a_file(tmp_path):
     (tmp_path / "book.txt").write_bytes(b"\xef\xbb\xbf" + "l'été\n猫".encode())
-    assert data.read_text(tmp_path / "book.txt") == "l'été\n猫"
+    assert [*data.read_text(tmp_path / "book.txt")] == [["l'été\n猫"]]
     assert data.kind_of(tmp_path / "book.txt") == "text"
 
 
@@ -280,7 +280,7 @@ def test_a_bad_file_is_one_line(name, tmp_path):
     """Which file, which place in it, and what to do."""
     path = put(name, tmp_path)
     with pytest.raises(UserError) as error:
-        (data.read_text if data.kind_of(path) == "text" else data.read_demonstrations)(path)
+        list((data.read_text if data.kind_of(path) == "text" else data.read_demonstrations)(path))
     message = str(error.value)
     assert name in message and "\n" not in message and all(word in message for word in BAD[name][1]), message
 

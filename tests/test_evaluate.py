@@ -1,5 +1,6 @@
 """The numbers that are reported: intervals that cover, answers beside their own questions, and the report as a whole."""
 import contextlib
+import functools
 import json
 import math
 import random
@@ -84,8 +85,9 @@ def test_every_answer_belongs_to_its_question(few_shot, bytewise, tasks, monkeyp
             return SimpleNamespace(responses=[bytewise.encode(answer_to[a] + "\n\nQuestion: and?\nAnswer: ha") for a in asked])
         return SimpleNamespace(responses=[bytewise.encode(bare[tuple(p)]) + [eos] for p in prompts])
     monkeypatch.setattr(training, "generate", perfect)
+    monkeypatch.setattr(training, "respond", functools.partial(training.respond, batch_size=8))
     model = SimpleNamespace(config=SimpleNamespace(block_size=4000), wte=SimpleNamespace(weight=torch.zeros(1)))
-    answers = evaluate.respond(model, bytewise, tasks, 3 if few_shot else None, 0.3, EvaluateConfig(batch_size=8), contextlib.nullcontext())
+    answers = evaluate.respond(model, bytewise, tasks, 3 if few_shot else None, 0.3, EvaluateConfig(), contextlib.nullcontext())
     assert [a.text for a in answers] == [t.output for t in tasks] and all(a.ended for a in answers)
     assert list(map(len, sizes)) == [8, 8, 8, 8, 8, 5] and temperatures == {0.3}
     assert sum(sizes, []) == sorted(sum(sizes, [])), "equal lengths together"
@@ -148,7 +150,7 @@ def evaluated(tiny_run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluated")
     for name in ("tokenizer.json", "base.pt", "base.json", "sft.pt", "sft.json"):
         (folder / name).write_bytes((tiny_run.folder / name).read_bytes())
-    done = run_command("evaluate", "--out", folder, "--per-category", 2, "--batch-size", 7, "--dtype", "fp32", "--threads", 2)
+    done = run_command("evaluate", "--out", folder, "--per-category", 2, "--dtype", "fp32", "--threads", 2)
     assert done.code == 0, done.out
     return json.loads((folder / "evaluation.json").read_text()), done.out, folder
 

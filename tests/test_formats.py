@@ -84,8 +84,8 @@ def test_text_and_prompts(tmp_path):
     (tmp_path / "asked.txt").write_text("first\n\n second \n")
     (tmp_path / "asked.jsonl").write_text(json.dumps({"prompt": TALK}) + '\n{"instruction": "q", "input": "x"}\n')
     assert data.kind_of(tmp_path / "text.jsonl") == data.kind_of(tmp_path / "book.txt.gz") == "text"
-    assert data.read_text(tmp_path / "text.jsonl") == "one\n\ntwo\n\n\nthree"
-    assert data.read_text(tmp_path / "book.txt.gz") == "l'été\n"
+    assert [*data.read_text(tmp_path / "text.jsonl")] == [["one\n\ntwo", "three"]]
+    assert [*data.read_text(tmp_path / "book.txt.gz")] == [["l'été\n"]]
     assert data.read_prompts(tmp_path / "asked.txt") == [("first", "", []), ("second", "", [])]
     assert data.read_prompts(tmp_path / "asked.jsonl") == [("q2", "", [("be brief\n\nq", "a")]), ("q", "x", [])]
 
@@ -99,7 +99,7 @@ def test_a_text_column_beside_the_columns_that_count(tmp_path):
 def test_line_ends_of_windows(tmp_path):
     """Two empty lines part two texts, whatever the line ends. Usual mistake: the file is one text."""
     (tmp_path / "f.txt").write_bytes(b"one\r\n\r\n\r\ntwo")
-    assert data.read_text(tmp_path / "f.txt").split("\n\n\n") == ["one", "two"]
+    assert [*data.read_text(tmp_path / "f.txt")] == [["one", "two"]]
 
 
 def test_several_files_and_globs(tmp_path):

@@ -355,7 +355,7 @@ def test_all_steps_from_published_weights_on_own_data(gpt2, run, tmp_path):
                            ("ppo", "--data", asked, "--iterations", 1, "--episodes", 16, "--max-new-tokens", 9, "--minibatches", 2, "--ptx-tokens", 64,
                             "--ptx-window", 32)):
         done = run(script, "--dtype", "fp32", "--threads", 2, *flags, "--out", out)
-        assert done.code == 0 and ("1 of 21 train demonstrations are longer than 96" in done.out) == (script == "sft"), done.out
+        assert done.code == 0 and ("1 of 21 train demonstrations exceed --block-size 96" in done.out) == (script == "sft"), done.out
     whole = load_gpt2(gpt2)
     models = {stage: training.load_model(out, stage)[0] for stage in ("base", "sft", "ppo")}
     assert all(model.config.block_size == 96 for model in models.values())

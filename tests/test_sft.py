@@ -32,7 +32,7 @@ class Oracle(torch.nn.Module):
         super().__init__()
         self.high = torch.nn.Parameter(torch.tensor(50.0))
 
-    def hidden(self, tokens, mask=None):
+    def hidden(self, tokens, mask=None, segments=None):
         return self.high * torch.nn.functional.one_hot((tokens + 1) % V, V).float()
 
     def unembed(self, x):
@@ -45,7 +45,7 @@ class Table(torch.nn.Module):
         super().__init__()
         self.logits = torch.nn.Parameter(torch.zeros(B, T - 1, V, dtype=torch.float64))
 
-    def hidden(self, tokens, mask=None):
+    def hidden(self, tokens, mask=None, segments=None):
         return self.logits[:len(tokens)]
 
     def unembed(self, x):
@@ -176,9 +176,9 @@ def test_every_example_that_was_learnt_from_ends_with_a_learnt_eos(tiny_run):
 
 def test_pretraining_text_is_mixed_in(tiny_run):
     """S4: one row in ten is a window of step 0's text, every token of it a target."""
-    (corpus,) = tiny_run.folder.glob("corpus-*.npy")
+    (corpus,) = tiny_run.folder.glob("corpus-*.bin")
     tokenizer = data.Tokenizer.load(tiny_run.folder / "tokenizer.json")
-    text = " ".join(map(str, torch.from_numpy(np.load(corpus).astype("int64")).tolist()))
+    text = " ".join(map(str, np.fromfile(corpus, tokenizer.dtype).tolist()))
     rows = windows = 0
     for micro in tiny_run.steps["sft"]:
         for tokens, real, labels in micro:
@@ -214,8 +214,8 @@ def test_the_run_follows_the_curriculum(tiny_run):
     """And what it recites stands in no document, what it reads later in the documents' file."""
     windows = [micro[0][0] for micro in tiny_run.steps["base"]]
     assert [w.shape[1] - 1 for w in windows] == [64] * 4 + [128] * 5 + [256] * 3
-    (corpus,) = tiny_run.folder.glob("corpus-*.npy")
-    text = " ".join(map(str, np.load(corpus).tolist()))
+    (corpus,) = tiny_run.folder.glob("corpus-*.bin")
+    text = " ".join(map(str, np.fromfile(corpus, data.Tokenizer.load(tiny_run.folder / "tokenizer.json").dtype).tolist()))
     for step, rows in enumerate(windows):
         assert [" ".join(map(str, row)) in text for row in rows.tolist()] == [step >= 4] * len(rows)
 
@@ -223,23 +223,25 @@ def test_the_run_follows_the_curriculum(tiny_run):
 def test_own_text_sees_no_recitals(tokenizer, tmp_path):
     """Nothing of the built-in world: the corpus is the user's text, and another part of it is held out."""
     own = "\n".join(f"line {i} of my own book" for i in range(300))
-    corpus, held_out = sft.make_corpus(SFTConfig(block_size=64), tmp_path, tokenizer, own)
+    (tmp_path / "book.txt").write_text(own)
+    config = SFTConfig(block_size=64, data=f"{tmp_path}/book.txt")
+    corpus, held_out = sft.make_corpus(config, tmp_path / "run", tokenizer, config.data)
     assert set(corpus) == {"documents"} and set(held_out) == {"text"}
-    (kept,) = tmp_path.iterdir()                # for the pretraining gradient of step 3: without what is held out
-    assert kept.match("corpus-*.npy") and np.load(kept).tolist() == corpus["documents"].tolist()
+    (kept,) = (tmp_path / "run").iterdir()      # for the pretraining gradient of step 3: without what is held out
+    assert kept.match("corpus-*.bin") and np.fromfile(kept, tokenizer.dtype).tolist() == corpus["documents"].tolist()
     assert tokenizer.decode(np.concatenate([corpus["documents"], held_out["text"]]).tolist()).strip() == own
 
 
 def test_what_does_not_fit_is_dropped_and_counted(tokenizer, capsys):
     """S5: an example is dropped whole and counted; none is cut, and so none loses its EOS."""
     own = [("ask", "", "x" * n) for n in (3, 300, 5, 7, 400, 9)]
-    train, val = sft.make_examples(SFTConfig(block_size=64), tokenizer, own)
+    train, val = sft.make_examples(SFTConfig(block_size=64), tokenizer, data.hold_out(own))
     assert [len(ids) for ids, _ in train + val] == [6 + n for n in (5, 7, 9, 3)]
     assert all(ids[-1] == tokenizer.end and mask[-1] for ids, mask in train + val)
     said = capsys.readouterr().out
-    assert "2 of 5 train" in said and "longer than 64 tokens" in said and "dropped" in said
+    assert "2 of 5 train demonstrations exceed --block-size 64: dropped" in said
     with pytest.raises(UserError, match="--block-size 8"):
-        sft.make_examples(SFTConfig(block_size=8), tokenizer, own)
+        sft.make_examples(SFTConfig(block_size=8), tokenizer, data.hold_out(own))
 
 
 # ---------------------------------------------------------------- the command
@@ -359,10 +361,10 @@ def test_own_demonstrations(tiny_run, tmp_path, run):
         (tmp_path / name).write_bytes((tiny_run.folder / name).read_bytes())
     done = run("sft", *TINY, "--steps", 4, "--data", tmp_path / "mine.json", "--out", tmp_path)
     assert done.code == 0, done.out
-    assert "1 of 57 train demonstrations are longer than 256 tokens and were dropped" in done.out
+    assert "1 of 57 train demonstrations exceed --block-size 256: dropped" in done.out
     assert "Count to 2\n      -> " in done.out, "it answers the user's own prompts, not the world's"
     facts = json.loads((tmp_path / "sft.json").read_text())
     assert facts["steps"] == 4 and 0 < facts["losses"]["demonstrations"] < 10
-    (tmp_path / "mine.json").write_text(json.dumps(own[:1]))
+    (tmp_path / "mine.json").write_text(json.dumps(own[7:8]))
     done = run("sft", *TINY, "--data", tmp_path / "mine.json", "--out", tmp_path)
-    assert done.code == 2 and "mine.json" in done.out.splitlines()[-1] and "two demonstrations" in done.out
+    assert done.code == 2 and "mine.json: no train demonstration fits --block-size 256" in done.out.splitlines()[-1]
