@@ -143,10 +143,19 @@ def test_packed_is_unpacked():
         torch.testing.assert_close(moved, way, rtol=0, atol=1e-12)
 
 
-def test_step_1_packs(based, run, tmp_path):
+def test_step_1_packs(based, run, monkeypatch):
     """A whole step with pretraining windows beside the packed rows: the same number of optimiser steps, fewer rows."""
+    packed, original = [], data.collate
+
+    def collate(examples, pad, size=0):
+        batch = original(examples, pad, size)
+        if size:
+            packed.append(len(batch[0]) / len(examples))
+        return batch
+    monkeypatch.setattr(data, "collate", collate)
     done = run("sft", *TINY, "--packing", "--out", based)
     assert done.code == 0 and "sft 14/14" in done.out, done.out
+    assert len(packed) == 14 and np.mean(packed) < 0.5
 
 
 # ---------------------------------------------------------------- a text that does not fit into memory
