@@ -24,7 +24,7 @@ class CommandConfig:            # what every command understands
 class TrainConfig(CommandConfig):  # what every training step understands
     resume: bool = False        # an interrupted run is continued anyway; insist that there is one
     fresh: bool = False         # begin anew, even where a finished or an interrupted run is there
-    data_eval: str = ""         # your own held-out file; without it every twentieth record of --data is held out
+    data_eval: str = ""         # your own held-out file; without it every twentieth prompt of --data is held out
     clip: float = 1.0           # the largest norm of the gradient
     lora_rank: int = 0          # steps 1 to 3: above 0 only adapters of this rank learn (LoRA); 0 = all weights
     files = property(lambda self: [name for name in (self.data, self.data_eval) if name])

@@ -126,8 +126,7 @@ def _read(names):
             line += error.object[:error.start].count(b"\n")
             raise UserError(f"{path}, line {line}: not UTF-8. To convert it: iconv -f latin1 -t utf8") from None
         except (OSError, EOFError, zlib.error) as error:
-            why = getattr(error, "strerror", None) or error
-            raise UserError(f"cannot read {path}: {why}. Is it whole?") from None
+            raise UserError(f"cannot read {path}: {getattr(error, 'strerror', 0) or error}") from None
         if empty:
             raise UserError(f"{path} is empty. Needed: plain text, or examples as .json or .jsonl")
 
@@ -227,8 +226,9 @@ def _question(where, record):
 def read_text(names):
     """Plain text, two empty lines between documents, or records {"text": ...} -> for each part its documents."""
     for part in _read(names):
-        if texts := [t for found in _parse(*part, "text") for t in _take(*found, "text").split("\n\n\n")]:
-            yield texts
+        texts = (_take(*found, "text") for found in _parse(*part, "text"))
+        if documents := [t for text in texts for t in text.split("\n\n\n") if t.strip()]:
+            yield documents
 
 def read_prompts(names):
     """Records with a prompt, or a .txt with one on each line -> [(instruction, input, history)]"""
@@ -259,8 +259,10 @@ def read_comparisons(names):
     return found, skipped
 
 def hold_out(mine, others=()):
-    """Records -> (those to learn from, those to measure on: the others, or without any every twentieth)."""
-    return (mine, others) if others else ([record for i, record in enumerate(mine) if i % 20] or mine, mine[::20])
+    """Records -> (to learn from, to measure on: the others, or without any those of every twentieth prompt)."""
+    test = {*[*dict.fromkeys(record[:2] for record in mine)][::20]}     # a prompt may stand in several
+    kept = [record for record in mine if record[:2] not in test] or mine
+    return (mine, others) if others else (kept, [record for record in mine if record[:2] in test])
 
 def pack(tokenizer, texts):
     """Many texts -> one array of ids, each text ended by <|endoftext|>. Without lists: 3 times as fast."""

@@ -245,9 +245,8 @@ def main():
         found = measure(model, tokenizer, tasks, answers, config.seed, size, cast)
         zero = [encode(tokenizer, task.parts, [answer], size)
                 for task, answer in world.demonstrations(400, "val", config.seed)]
-    shown = found | found.get("categories", {})
-    say("  on held-out prompts (gold: the judge's order; ceiling: the labelers in it; categories: gold):"
-        + "".join(f"\n    {v:6.3f} {k}" for k, v in shown.items() if isinstance(v, float)))
+    say("  on held-out prompts (gold: the judge's order, as by category; ceiling: the labelers in it):" + "".join(
+        f"\n    {v:6.3f} {k}" for k, v in (found | found.get("categories", {})).items() if isinstance(v, float)))
     if not config.data:
         bins = ", ".join(f"{p:.2f} {o:.2f}" for p, o, _ in found["reliability"])
         say(f"    preference, predicted and observed: {bins}")

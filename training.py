@@ -258,8 +258,7 @@ def respond(model, tokenizer, prompts, max_new_tokens, temperature, seed, cast, 
     options |= {"generator": torch.Generator(model.wte.weight.device).manual_seed(seed), "eos": tokenizer.end}
     order, found = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), {}
     for part in (order[start:start + batch_size] for start in range(0, len(order), batch_size)):
-        shown = [prompts[i][1 - model.config.block_size:] for i in part]    # too long: the beginning goes
+        cut = [prompts[i][1 - model.config.block_size:] for i in part]    # too long: the beginning goes
         with cast:
-            drawn = generate(model, shown, max_new_tokens, temperature=temperature, **options)
-        found |= zip(part, drawn.responses)
+            found |= zip(part, generate(model, cut, max_new_tokens, temperature=temperature, **options).responses)
     return [Answer(ids, tokenizer.decode(ids), ids[-1:] == [tokenizer.end]) for _, ids in sorted(found.items())]

@@ -56,7 +56,7 @@ def table(report):
 
 
 def main():
-    if len(sys.argv) != 2:
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         sys.exit(__doc__)
     run = Path(sys.argv[1])
     config = commands.stored_config(run, "reward", RewardConfig)

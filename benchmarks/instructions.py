@@ -91,7 +91,7 @@ def constraints_table(constraints):
 
 
 def main():
-    if len(sys.argv) != 2:
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         sys.exit(__doc__)
     run, attempted, constraints = Path(sys.argv[1]), {}, {}
     seed = commands.stored_config(run, "sft", SFTConfig).seed

@@ -32,6 +32,8 @@ def render(tokenizer, ids, mask):
 def main():
     """How data files are understood: their kind, their lengths, three examples as the model reads them."""
     names, option, path = (*(sys.argv[1:] or ["-"]), "--tokenizer", "runs/tiny/tokenizer.json")[:3]
+    if names in ("-h", "--help"):
+        sys.exit(print(__doc__))
     if names.startswith("-") or option != "--tokenizer":
         raise UserError("needed: python data.py FILE[,FILE...], and perhaps --tokenizer RUN/tokenizer.json")
     known = len(sys.argv) > 2 or Path(path).exists()
@@ -48,10 +50,15 @@ def main():
     elif kind == "demonstrations":
         records = [[("", *data.encode_example(tokenizer, *parts))] for parts in data.read_demonstrations(names)]
     else:
-        records = [[("", [*tokenizer.encode(text), tokenizer.end], repeat(True))]
-                   for part in data.read_text(names) for text in part]
-    sizes = [len(ids) if known else len(tokenizer.decode(ids)) for record in records for _, ids, _ in record]
-    print(f"{names}: {len(records):,} {kind}; skipped:",
+        first = next(data.read_text(names))         # shown is its first part: the memory may not hold all
+        records = [[("", [*tokenizer.encode(text), tokenizer.end], repeat(True))] for text in first]
+    count, sizes = len(records), [len(ids) if known else len(tokenizer.decode(ids))
+                                  for record in records for _, ids, _ in record]
+    if kind == "text":
+        sizes = [len(data.pack(tokenizer, [text])) if known else len(text)
+                 for part in data.read_text(names) for text in part]
+        count = len(sizes)
+    print(f"{names}: {count:,} {kind}; skipped:",
           ", ".join(f"{n:,} {why}" for why, n in skipped.items()) or "none")
     print(f"lengths: mean {np.mean(sizes):,.0f}, longest {max(sizes):,}", "tokens" if known else "characters")
     print("three of them, with ⟦ ⟧ about what is learnt, in comparisons about what is scored:")

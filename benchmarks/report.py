@@ -89,7 +89,7 @@ def page(report):
 
 
 def main():
-    if len(sys.argv) != 2:
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         sys.exit(__doc__)
     path = Path(sys.argv[1]) / "evaluation.json"
     report = json.loads(path.read_text(encoding="utf8")) if path.exists() else {}

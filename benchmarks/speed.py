@@ -10,11 +10,15 @@ the causal half that it needs; nothing else counts, not even the embedding.
 Axes: B batch, T tokens, V vocabulary, C channels, H heads, D head size.
 """
 import argparse
-import ctypes
+import functools
+import itertools
+import json
 import os
 import statistics
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from config import parse  # noqa: E402  (before torch: see there)
@@ -22,10 +26,12 @@ from config import parse  # noqa: E402  (before torch: see there)
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
+import data  # noqa: E402
 import ppo  # noqa: E402
 import reward  # noqa: E402
 import sft  # noqa: E402
 import training  # noqa: E402
+import world  # noqa: E402
 from attention import attention  # noqa: E402
 from model import GPT, GPTConfig, generate  # noqa: E402
 
@@ -96,7 +102,7 @@ def trainer(route):
     return step
 
 
-def training(rounds, peak):
+def training_step(rounds, peak):
     seconds = in_turns(rounds, **{r: trainer(r) for r in ("fp32", "bf16 autocast", "bf16 weights")})
     print(f"\ntraining step, {L} layers, C={C}, B·T={B}·{T}, V={V}: "
           f"{training_flops() / 1e9:.0f} GFLOP")
@@ -143,6 +149,50 @@ def generation(batch=64, prompt=64, new=128):
         print(f"  {name:52} {batch * new / s:7.0f} {seconds['textbook loop, fp32'] / s:12.1f}")
 
 
+@functools.cache
+def documents():
+    """-> (20,000 of the built-in documents, a tokenizer)"""
+    texts = list(itertools.islice(world.documents(5), 20_000))
+    return texts, data.Tokenizer(data.train_bpe(texts[:2000], 2044))
+
+
+def fine_tuning_step(size, examples, n=64):
+    """A step of step 1 at `tiny`'s shape, n demonstrations: packed in rows of `size` tokens, or 0, one a row."""
+    torch.manual_seed(0)
+    gpt, cast = GPT(GPTConfig(2048, T, 4, 4, 128)), torch.autocast("cpu", BF16)
+    order = itertools.cycle(data.epoch_batches([len(ids) for ids, _ in examples], n, 0))
+
+    def step():
+        sft.accumulate(gpt, [data.collate([examples[i] for i in next(order)], 1, size)], cast)
+        gpt.zero_grad()
+    return step
+
+
+def packing(rounds):
+    demonstrations = world.demonstrations(2000, "train", 0)
+    examples = [data.encode_example(documents()[1], *t.parts[:2], answer, t.history) for t, answer in demonstrations]
+    seconds = in_turns(10 * rounds, padded=fine_tuning_step(0, examples), packed=fine_tuning_step(T, examples))
+    print(f"\nfine-tuning, 64 demonstrations a step, n_embd 128, bf16: padded {seconds['padded'] * 1e3:.0f} ms, "
+          f"packed in rows of {T} tokens {seconds['packed'] * 1e3:.0f} ms")
+
+
+def reading(rounds):
+    """Your own text, your own comparisons: from the file to ids, to records."""
+    texts, tokenizer = documents()
+    with tempfile.TemporaryDirectory() as folder:
+        text, pairs = Path(folder, "text.txt"), Path(folder, "pairs.jsonl")
+        text.write_text("\n\n\n".join(texts), encoding="utf8")
+        pairs.write_text("".join(json.dumps({"prompt": f"{i}: {a[:200]}", "chosen": a[-300:], "rejected": b[-300:]}) + "\n"
+                                 for i, (a, b) in enumerate(zip(texts * 5, texts[1:] * 5))), encoding="utf8")
+        seconds = in_turns(min(rounds, 3), **{
+            "tiktoken's encode_ordinary_batch, from memory": lambda: tokenizer.encoding.encode_ordinary_batch(texts),
+            "ours, from the file to an array": lambda: [data.pack(tokenizer, part) for part in data.read_text(text)],
+            "100,000 comparisons, from the file": lambda: data.read_comparisons(pairs)})
+        print(f"\nreading {text.stat().st_size / 1e6:.0f} MB of text, and {pairs.stat().st_size / 1e6:.0f} MB of comparisons        s")
+    for name, s in seconds.items():
+        print(f"  {name:52} {s:7.2f}")
+
+
 def ppo_update(rounds, episodes=64, prompt=48, answer=16):
     """One minibatch of PPO against the same tokens in plain training of policy and value model."""
     config, _ = parse("ppo", [])
@@ -165,25 +215,22 @@ def ppo_update(rounds, episodes=64, prompt=48, answer=16):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=min(2, len(os.sched_getaffinity(0))))
     parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    # Keep freed memory: else each big tensor is mapped anew, and the page faults take 3-12 %.
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(-3, 32 << 20)      # M_MMAP_THRESHOLD, the most that glibc accepts
-        libc.mallopt(-1, 2 ** 31 - 1)   # M_TRIM_THRESHOLD
+    training.compute(parse("evaluate", ["--threads", str(args.threads)])[0])    # threads and memory as in the scripts
     flags = open("/proc/cpuinfo").read() if os.path.exists("/proc/cpuinfo") else ""
     print(f"PyTorch {torch.__version__}, {args.threads} threads,",
           *(f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in flags),
           f"- load average at the start {os.getloadavg()[0]:.1f}")
     start, busy, own = time.perf_counter(), core_seconds(), time.process_time()
     peak = peaks(args.rounds)
-    training(args.rounds, peak)
+    training_step(args.rounds, peak)
     attention_both_ways(args.rounds)
+    packing(args.rounds)
     ppo_update(args.rounds)
+    reading(args.rounds)
     generation()
     foreign = core_seconds() - busy - (time.process_time() - own)
     part = max(0, foreign / (time.perf_counter() - start) / args.threads)

@@ -57,7 +57,7 @@ table = partial(commands.table, "few-shot tasks, %")
 
 
 def main():
-    if len(sys.argv) != 2:
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         sys.exit(__doc__)
     run, asked = Path(sys.argv[1]), questions()
     config, _ = parse("evaluate", ["--out", str(run)])

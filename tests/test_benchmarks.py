@@ -2,6 +2,7 @@
 import functools
 import json
 import os
+import runpy
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -207,6 +208,16 @@ EXPERIMENTS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if
 def test_an_experiment_ends_in_one_line(name):
     """What the user can mend, and Ctrl-C, are one line as in the scripts. Usual mistake: a bare main(), and a traceback."""
     assert (ROOT / "benchmarks" / f"{name}.py").read_text(encoding="utf8").endswith("\n    training.command(main)\n")
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_an_experiment_says_what_it_is(name, monkeypatch, capsys):
+    """--help shows the docstring. Usual mistake: a function named as a module that the last line needs."""
+    path = ROOT / "benchmarks" / f"{name}.py"
+    monkeypatch.setattr("sys.argv", [name, "--help"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(path), run_name="__main__")
+    assert benchmark(name).__doc__.split("\n")[0] in capsys.readouterr().out + str(end.value.code)
 
 
 @pytest.mark.parametrize("name", ["folds", "instructions", "over_optimisation", "report", "tax"])

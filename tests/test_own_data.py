@@ -26,12 +26,26 @@ def write(path, records):
 
 
 # ---------------------------------------------------------------- what is held out
-def test_every_twentieth_or_a_file_of_its_own():
+def records(*prompts):
+    """[(instruction, input, output, history)], no two alike"""
+    return [(prompt, "", f"answer {i}", []) for i, prompt in enumerate(prompts)]
+
+
+def test_every_twentieth_prompt_or_a_file_of_its_own():
     """Usual mistake: what is measured on is learnt too."""
-    train, held_out = data.hold_out([*range(43)])
-    assert held_out == [0, 20, 40] and sorted(train + held_out) == [*range(43)]
-    assert data.hold_out([1, 2, 3], [7]) == ([1, 2, 3], [7])
-    assert data.hold_out(["alone"]) == (["alone"], ["alone"])      # better than nothing at all
+    mine = records(*map(str, range(43)))
+    train, held_out = data.hold_out(mine)
+    assert held_out == [mine[0], mine[20], mine[40]] and sorted(train + held_out) == sorted(mine)
+    assert data.hold_out(mine[:3], mine[7:9]) == (mine[:3], mine[7:9])
+    assert data.hold_out(mine[:1]) == (mine[:1], mine[:1])      # better than nothing at all
+
+
+def test_a_prompt_with_several_answers_is_on_one_side():
+    """Usual mistake: every twentieth record, so that a prompt of many comparisons, or of a file named twice, is on both."""
+    mine = records(*"abcdefghijklmnopqrstuvwxyz" * 3)
+    train, held_out = data.hold_out(mine)
+    assert [record[0] for record in held_out] == [*"auauau"] and len(train) == 72
+    assert not {record[:2] for record in train} & {record[:2] for record in held_out}
 
 
 def test_the_flag_needs_data():

@@ -101,7 +101,7 @@ def test_a_broken_file_is_one_line(name, run, tmp_path):
     assert done.code == 2 and done.out.startswith("error: ") and name in done.out and done.out.count("\n") == 1, done.out
 
 
-@pytest.mark.parametrize("argv", [[], ["--help"], ["a", "b"], ["a", "--tokeniser", "b"], ["--tokenizer", "b"],
+@pytest.mark.parametrize("argv", [[], ["--halp"], ["a", "b"], ["a", "--tokeniser", "b"], ["--tokenizer", "b"],
                                   ["a", "--tokenizer", "missing.json"]])
 def test_a_wrong_command_is_one_line(argv, run):
     done = run(preview, *argv)
@@ -119,3 +119,11 @@ def test_as_a_process(tmp_path):
     assert f"--data '{path}'" in python(path).stdout          # it can be pasted
     head = python(path, "| head -1")
     assert head.stdout.count("\n") == 1 and not head.stderr
+
+
+def test_all_of_a_long_text_is_counted(run, tmp_path, monkeypatch):
+    """A text comes in parts. Usual mistake: what is said of it is true of its first part alone."""
+    monkeypatch.setattr(data, "PART", 64)
+    (tmp_path / "book.txt").write_text("".join(f"This is line {i}.\n\n\n\n" for i in range(53)))
+    done = run(preview, tmp_path / "book.txt")
+    assert done.code == 0 and "53 text" in done.out, done.out

@@ -234,9 +234,9 @@ def test_own_text_sees_no_recitals(tokenizer, tmp_path):
 
 def test_what_does_not_fit_is_dropped_and_counted(tokenizer, capsys):
     """S5: an example is dropped whole and counted; none is cut, and so none loses its EOS."""
-    own = [("ask", "", "x" * n) for n in (3, 300, 5, 7, 400, 9)]
+    own = [(f"ask{i}", "", "x" * n) for i, n in enumerate((3, 300, 5, 7, 400, 9))]
     train, val = sft.make_examples(SFTConfig(block_size=64), tokenizer, data.hold_out(own))
-    assert [len(ids) for ids, _ in train + val] == [6 + n for n in (5, 7, 9, 3)]
+    assert [len(ids) for ids, _ in train + val] == [7 + n for n in (5, 7, 9, 3)]
     assert all(ids[-1] == tokenizer.end and mask[-1] for ids, mask in train + val)
     said = capsys.readouterr().out
     assert "2 of 5 train demonstrations exceed --block-size 64: dropped" in said
@@ -354,7 +354,7 @@ def test_own_text(tmp_path, run):
 
 def test_own_demonstrations(tiny_run, tmp_path, run):
     """--data mine.json: fine-tunes the run's base on them; every twentieth is held out; what is too long is counted."""
-    own = [{"instruction": f"Count to {i % 9}", "output": " ".join(map(str, range(1, i % 9 + 2)))} for i in range(60)]
+    own = [{"instruction": f"Count to {i}", "output": " ".join(map(str, range(1, i % 9 + 2)))} for i in range(60)]
     own[7]["output"] = "x " * 400
     (tmp_path / "mine.json").write_text(json.dumps(own))
     for name in ("tokenizer.json", "base.pt", "base.json", *(p.name for p in tiny_run.folder.glob("corpus-*"))):
@@ -362,7 +362,7 @@ def test_own_demonstrations(tiny_run, tmp_path, run):
     done = run("sft", *TINY, "--steps", 4, "--data", tmp_path / "mine.json", "--out", tmp_path)
     assert done.code == 0, done.out
     assert "1 of 57 train demonstrations exceed --block-size 256: dropped" in done.out
-    assert "Count to 2\n      -> " in done.out, "it answers the user's own prompts, not the world's"
+    assert "Count to 20\n      -> " in done.out, "it answers the user's own prompts, not the world's"
     facts = json.loads((tmp_path / "sft.json").read_text())
     assert facts["steps"] == 4 and 0 < facts["losses"]["demonstrations"] < 10
     (tmp_path / "mine.json").write_text(json.dumps(own[7:8]))
