@@ -1,6 +1,6 @@
 """InstructGPT's footnote 5, repeated: all pairs of a prompt as one batch element, or as rows of their own, shuffled.
 
-    python benchmarks/shuffled_pairs.py [--run runs/tiny] [--prompts 1500]
+    python benchmarks/shuffled_pairs.py runs/tiny [--prompts 1500]
 
 Two reward models learn once from the same rankings of the run's comparisons: first one element a prompt, then every pair
 (winner, loser) an element of its own, in random order, so that each answer comes up K - 1 times. Both see the same number
@@ -15,14 +15,15 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from config import parse  # noqa: E402  (before torch: see there)
+
+import torch  # noqa: E402
+
 import data  # noqa: E402
 import reward  # noqa: E402
 import training  # noqa: E402
 import world  # noqa: E402
-from config import parse  # noqa: E402
 
 
 def pairs_of(groups):
@@ -33,7 +34,7 @@ def pairs_of(groups):
 
 def main():
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flags.add_argument("--run", default="runs/tiny")
+    flags.add_argument("run")
     flags.add_argument("--prompts", type=int, default=1500)
     flags = flags.parse_args()
     config, _ = parse("reward", ["--out", flags.run])

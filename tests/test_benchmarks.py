@@ -200,6 +200,14 @@ def test_the_budgets_are_drawn(tmp_path):
     assert (tmp_path / "budgets.png").read_bytes()[:4] == b"\x89PNG"
 
 
+# ---------------------------------------------------------------- footnote 5
+def test_every_ranked_pair_is_a_row():
+    """Usual mistakes: ties become pairs, or the loser stands first."""
+    groups = [((["a"], ["b"], ["c"]), (1, 0, 1)), ((["d"], ["e"]), (0, 1))]
+    assert benchmark("shuffled_pairs").pairs_of(groups) == [
+        ((["b"], ["a"]), (0, 1)), ((["b"], ["c"]), (0, 1)), ((["d"], ["e"]), (0, 1))]
+
+
 # ---------------------------------------------------------------- as commands
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if "def main(" in path.read_text(encoding="utf8"))
 

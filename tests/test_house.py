@@ -73,6 +73,15 @@ def test_a_file_says_what_it_is_for(name):
 def test_the_whole_is_short():
     assert sum(len(source(name).splitlines()) for name in FILES) <= LINES
 
+
+@pytest.mark.parametrize("path", [*sorted(SCRIPTS), *sorted(f"benchmarks/{p.stem}" for p in (ROOT / "benchmarks").glob("*.py"))])
+def test_config_comes_before_torch(path):
+    """config.py sets how threads wait, and torch reads it once. Usual mistake: imports in the order of the alphabet."""
+    found = [module for module, at_top in imports(ast.parse(source(path))) if at_top]
+    heavy = [i for i, module in enumerate(found) if module == "torch" or module in ORDER and module != "config"]
+    assert not heavy or {*found[:heavy[0]]} & {"config", "commands"}, path
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere torch brings another OpenMP")
 @pytest.mark.parametrize("name", sorted(SCRIPTS))
 def test_threads_wait_as_config_says(name):
