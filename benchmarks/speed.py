@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from config import parse  # noqa: E402  (before torch: see there)
+from config import SFTConfig, parse  # noqa: E402  (before torch: see there)
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
@@ -184,13 +184,23 @@ def reading(rounds):
         text.write_text("\n\n\n".join(texts), encoding="utf8")
         pairs.write_text("".join(json.dumps({"prompt": f"{i}: {a[:200]}", "chosen": a[-300:], "rejected": b[-300:]}) + "\n"
                                  for i, (a, b) in enumerate(zip(texts * 5, texts[1:] * 5))), encoding="utf8")
-        seconds = in_turns(min(rounds, 3), **{
-            "tiktoken's encode_ordinary_batch, from memory": lambda: tokenizer.encoding.encode_ordinary_batch(texts),
-            "ours, from the file to an array": lambda: [data.pack(tokenizer, part) for part in data.read_text(text)],
-            "100,000 comparisons, from the file": lambda: data.read_comparisons(pairs)})
-        print(f"\nreading {text.stat().st_size / 1e6:.0f} MB of text, and {pairs.stat().st_size / 1e6:.0f} MB of comparisons        s")
-    for name, s in seconds.items():
-        print(f"  {name:52} {s:7.2f}")
+        long = f"{text}," * 19 + str(text)
+
+        def corpus():
+            for path in Path(folder).glob("corpus-*"):
+                path.unlink()
+            sft.make_corpus(SFTConfig(data=long), Path(folder), tokenizer, long)
+        routes = {"tiktoken's encode_ordinary_batch, from memory": (1, lambda: tokenizer.encoding.encode_ordinary_batch(texts)),
+                  "ours, from a file to an array":
+                      (1, lambda: [data.pack(tokenizer, part) for part in data.read_text(text)]),
+                  "ours, twenty files to a memory-mapped corpus": (20, corpus)}
+        size = text.stat().st_size / 1e6
+        seconds = in_turns(min(rounds, 3), **{name: run for name, (_, run) in routes.items()})
+        start = time.perf_counter()
+        n, spent = len(data.read_comparisons(pairs)[0]), time.perf_counter() - start
+        print(f"\nreading text                                           MB/s\n" + "\n".join(
+            f"  {name:50} {times * size / seconds[name]:6.1f}" for name, (times, _) in routes.items()))
+        print(f"reading {n:,} comparisons, {pairs.stat().st_size / 1e6:.0f} MB: {spent:.1f} s")
 
 
 def ppo_update(rounds, episodes=64, prompt=48, answer=16):
