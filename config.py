@@ -64,7 +64,8 @@ class SFTConfig(TrainConfig):   # step 0, pretraining, and step 1, supervised fi
 class RewardConfig(TrainConfig):  # step 2: comparisons, and the reward model
     from_: str = "sft"          # whose answers are ranked: stages, with commas between them
     objective: str = "reward"   # reward: a reward model; dpo: no such model, a policy from the same rankings
-    dpo_beta: float = 0.1       # β of DPO: price of a nat of KL
+    dpo_beta: float = 0.3       # β of DPO: price of a nat of KL
+    dpo_rate: float = 0.3       # DPO's learning rates as a share of these below: it moves a policy, and further
     prompts: int = 6000         # prompts whose answers are ranked
     min_k: int = 4              # answers to a prompt (InstructGPT: 4 to 9)
     max_k: int = 9

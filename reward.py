@@ -180,9 +180,10 @@ def train(config, folder, model, groups, pad, cast):
     batches = data.epoch_batches(longest, config.batch_prompts, (config.seed, "reward"))
     steps = len(batches[:config.steps or None])
     both = adamw, muon = training.muon_and_adamw(model, config.matrix_lr, config.lr, config.weight_decay)
+    share = config.dpo_rate if config.objective == "dpo" else 1.0
     stage = training.Stage(folder, config.objective, config, steps, model=model, adamw=adamw, muon=muon)
     for step in stage:
-        lr = training.set_lr(both, training.cosine(step, steps, min(config.warmup, steps // 10)))
+        lr = training.set_lr(both, share * training.cosine(step, steps, min(config.warmup, steps // 10)))
         ids, ranks = zip(*(groups[i] for i in batches[step]))
         scores = score_groups(model, ids, pad, cast)
         ranks = table(ranks).to(scores.device)

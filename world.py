@@ -59,12 +59,8 @@ class Task:
     combinations: tuple = ()        # what it combines; one in eight of a family's combinations is held out
     note: str = ""                  # the same knowledge, as a passage of a document
     parts = property(lambda self: (self.instruction, self.input, self.history))     # what a prompt is made of
+    prompt = property(lambda self: "\n".join(sum(self.history, ()) + self.parts[:2]).strip())  # decides the split
     answerable = property(lambda self: self.check[0] != "refuse")   # False where the text does not tell
-
-    @property
-    def prompt(self):
-        """All that the model is shown, as one string: what the split goes by."""
-        return "\n".join(sum(self.history, ()) + (self.instruction, self.input)).strip()
 
     @property
     def split(self):

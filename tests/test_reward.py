@@ -426,7 +426,8 @@ def test_dpo_is_the_ranking_loss_of_the_implicit_reward():
 
 
 def test_dpo_from_the_command_line(reward_run, run, tmp_path):
-    """The same comparisons, no reward model: a policy that sample.py and evaluate.py load as the stage dpo."""
+    """The same comparisons, no reward model: a policy that sample.py and evaluate.py load as the stage dpo. Usual mistake:
+    it learns at a reward model's rates, and loses right answers (README)."""
     folder = shutil.copytree(reward_run.folder, tmp_path / "run")
     for path in folder.glob("reward.*"):
         path.unlink()
@@ -436,3 +437,6 @@ def test_dpo_from_the_command_line(reward_run, run, tmp_path):
     sft, _, _ = training.load_model(folder, "sft")
     moved = max((a - b).abs().max().item() for a, b in zip(dpo.parameters(), sft.parameters()))
     assert 0 < moved < 0.5 and facts["parent"] == "sft" and not (folder / "reward.pt").exists()
+    fast, slow = ([json.loads(line)["lr"] for line in path.read_text().splitlines()]
+                  for path in (reward_run.folder / "reward.jsonl", folder / "dpo.jsonl"))
+    assert slow == pytest.approx([0.3 * lr for lr in fast])
