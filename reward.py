@@ -9,7 +9,7 @@ The built-in labelers rank by the exact judge's score, their taste and noise (`w
 model sees only their rankings; it is measured against them, and against the judge that it never saw.
 Where this deviates from InstructGPT (Ouyang et al. 2022):
  1. The score is the head's plus w times the trunk's log-likelihood of the answer: from a few thousand prompts a
-    head alone tells right from wrong in 62 % of pairs, the sum in 84 % (seed 1). `--likelihood no` is the paper's.
+    head alone tells right from wrong in 62 % of pairs, the sum in 85 %. `--likelihood no` is the paper's.
  2. Muon and AdamW at rates that suit a small model; fewer prompts a step: 64 would leave too few steps.
  3. Some answers are drawn at other temperatures, some are demonstrations; the paper's are several models'.
  4. Trunk and policy have the same size; the paper uses one 6B reward model for all.
