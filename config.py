@@ -70,7 +70,8 @@ class RewardConfig(TrainConfig):  # step 2: comparisons, and the reward model
     min_k: int = 4              # answers to a prompt (InstructGPT: 4 to 9)
     max_k: int = 9
     max_new_tokens: int = 100
-    steps: int = 0              # optimiser steps; 0 = one epoch
+    epochs: int = 1             # more overfits (InstructGPT C.2), but of few rankings one is too little
+    steps: int = 0              # optimiser steps; 0 = by epochs
     batch_prompts: int = 24     # prompts an optimiser step, with all their answers
     likelihood: bool = True     # the trunk's log-likelihood of the answer is part of the score
     lr: float = 3e-4
@@ -143,6 +144,7 @@ PRESETS = {"tiny": {},          # preset -> step -> what it changes; tiny: minut
         pretrain_batch=131_072, accumulate=4, pretrain_lr=6e-4, pretrain_docs=20_000_000, warmup=500),
         "reward": dict(lr=2e-5, matrix_lr=4e-5, likelihood=False),      # Ziegler et al. 2019; not tried here
         "ppo": dict(lr=1e-5, gain_lr=1e-4, value_lr=2e-5)}}
+OWN_DATA = {"reward": dict(epochs=3, batch_prompts=8, likelihood=False, lr=1e-3, matrix_lr=2e-3, dpo_rate=0.05)}
 CONFIGS = dict(sft=SFTConfig, reward=RewardConfig, ppo=PPOConfig, sample=SampleConfig, evaluate=EvaluateConfig)
 ALLOWED = {     # field -> its words, or its least and greatest value; of other numbers by their type
     "config": tuple(PRESETS), "tokenizer": ("bpe", "gpt2"), "advantage": ("gae", "group"), "best_of": (1, 64),
@@ -187,7 +189,8 @@ def parse(step, argv=None, description=""):
             raise UserError(f"{name} is one of {', '.join(allowed)}, not {found}.{nearest(found, allowed)}")
         if field.type in (int, float) and not allowed[0] <= found <= allowed[1]:
             raise UserError(f"{name} must be from {allowed[0]} to {allowed[1]}, not {found}")
-    preset = PRESETS[given.get("config", "tiny")].get(step, {})
+    own = OWN_DATA.get(step, {}) if given.get("data") else {}         # few rankings, other answers
+    preset = own | PRESETS[given.get("config", "tiny")].get(step, {})       # the preset's word weighs more
     config = CONFIGS[step](**preset | given)
     if isinstance(config, TrainConfig) and config.resume and config.fresh:
         raise UserError("--resume goes on and --fresh begins anew: give one of them")

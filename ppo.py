@@ -311,7 +311,6 @@ def main():
             advantages, returns = gae(rewards, values, mask, config.gamma, config.lam)
             advantages = whiten(advantages, mask)                       # after the returns (RECIPE O10)
         clock.append(time.perf_counter())
-
         lr = training.set_lr(adams, min(1.0, 0.1 + 0.9 * iteration / config.warmup))
         for i, minibatch in enumerate(batches):                         # one epoch: each episode once
             found = update(policy, value, minibatch, old, advantages, returns, values, mask, config, cast)
@@ -324,7 +323,6 @@ def main():
             ema_update(ema, policy, config.ema)
             steps.append(found | {"norm": norms[0]})
         clock.append(time.perf_counter())
-
         rollout_s, scoring_s, update_s = np.diff(clock).tolist()
         row = summarise(steps, old, ref, values, returns, rewards, mask) | {
             "score": score.mean().item(), "entropy": entropy, "lr": lr,

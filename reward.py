@@ -13,6 +13,7 @@ Where this deviates from InstructGPT (Ouyang et al. 2022):
  2. Muon and AdamW at rates that suit a small model; fewer prompts a step: 64 would leave too few steps.
  3. Some answers are drawn at other temperatures, some are demonstrations; the paper's are several models'.
  4. Trunk and policy have the same size; the paper uses one 6B reward model for all.
+ 5. With `--data` the unit of the scores is their spread (Ziegler et al. 2019): so PPO's β suits any rankings.
 Axes: B batch, T tokens, C channels, N prompts, K completions of one prompt."""
 import copy, math, random, time
 from config import UserError     # before torch: see there
@@ -101,6 +102,13 @@ def reliability(scores, pairs, bins=5):
     return [(predicted[of].mean().item(), hit[of].mean().item(), int(of.sum()))
             for of in (bin_of == b for b in range(bins)) if of.any()]
 
+def spread(scores, groups, here):
+    """How far apart the scores (N,K) of a prompt's answers are, and whether long answers get the higher ones."""
+    both = torch.stack([scores.double(), table([list(map(len, ids)) for ids in groups], 0).double()]) * here
+    both = (both - both.sum(2, keepdim=True) / here.sum(1, keepdim=True))[:, here]  # prompts differ, too
+    r = torch.corrcoef(both)[0, 1].item()                       # NaN where all scores or lengths are equal
+    return {"length_correlation": r if math.isfinite(r) else None, "spread": both[0].std().item()}
+
 def table(rows, filler=-1):
     """N lists of up to K numbers -> (N,K); ranks with -1 where there is none."""
     return nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=filler)
@@ -109,8 +117,7 @@ def score_groups(model, groups, pad, cast):
     """N lists of up to K id lists -> scores (N,K), 0 where there is none; one forward a completion."""
     tokens, real, _ = data.collate([(ids, [1] * len(ids)) for group in groups for ids in group], pad)
     with cast:
-        device = next(model.parameters()).device
-        scores = model.score(tokens.to(device), real.to(device))                    # (sum of K,)
+        scores = model.score(*(x.to(next(model.parameters()).device) for x in (tokens, real)))      # (sum of K,)
     return nn.utils.rnn.pad_sequence(scores.split(list(map(len, groups))), batch_first=True)
 
 @torch.no_grad()
@@ -175,9 +182,10 @@ def encode_groups(tokenizer, comparisons, size):
     return groups
 
 def train(config, folder, model, groups, pad, cast):
-    """One epoch over the prompts; all pairs of a prompt are one element of a batch -> the Stage."""
+    """Batches of prompts; all pairs of a prompt are one element of a batch -> the Stage."""
     longest = [max(map(len, ids)) for ids, _ in groups]
-    batches = data.epoch_batches(longest, config.batch_prompts, (config.seed, "reward"))
+    batches = [rows for epoch in range(config.epochs)
+               for rows in data.epoch_batches(longest, config.batch_prompts, (config.seed + epoch, "reward"))]
     steps = len(batches[:config.steps or None])
     both = adamw, muon = training.muon_and_adamw(model, config.matrix_lr, config.lr, config.weight_decay)
     share = config.dpo_rate if config.objective == "dpo" else 1.0
@@ -203,19 +211,14 @@ def measure(model, tokenizer, tasks, groups, seed, size, cast):
     right = preferred(table([[int(not verdict.right) for _, verdict in group] for group in groups]))
     ranks, others = (table([world.rank(r, *zip(*group), r.choice(who)) for group in groups])
                      for who in (world.RANKERS, world.HELD_OUT_RANKERS))
-    seen, unseen, here = preferred(ranks), preferred(others), ranks >= 0
-    # deviations from the prompt's mean, so that neither the prompt's length nor its difficulty counts
-    both = torch.stack([scores.double(), table([list(map(len, row)) for row in ids], 0).double()]) * here
-    both = (both - both.sum(2, keepdim=True) / here.sum(1, keepdim=True))[:, here]
-    correlation = torch.corrcoef(both)[0, 1].item()             # NaN where all scores or lengths are equal
+    seen, unseen = preferred(ranks), preferred(others)
     pairs = {"accuracy_gold": gold, "right_against_wrong": gold & right, "style": gold & ~right & ~right.mT,
              "accuracy_labelers": seen, "accuracy_held_out_labelers": unseen}
     of = {c: torch.tensor([task.category == c for task in tasks])[:, None, None] for c in world.CATEGORIES}
     return {**{name: accuracy(scores, these) for name, these in pairs.items()}, "pairs": int(gold.sum()),
             "ceiling": accuracy(-ranks, gold & (seen | seen.mT)),       # the labelers in the judge's order
             "agreement": accuracy(-ranks, unseen & (seen | seen.mT)),   # and in one another's
-            "length_correlation": correlation if math.isfinite(correlation) else None,
-            "spread": both[0].std().item(), "reliability": reliability(scores, seen),
+            **spread(scores, ids, ranks >= 0), "reliability": reliability(scores, seen),
             "categories": {c: accuracy(scores, gold & these) for c, these in of.items()}}
 
 def main():
@@ -237,8 +240,9 @@ def main():
     stage = train(config, folder, model, encode_groups(tokenizer, comparisons, size), tokenizer.pad, cast)
     if config.data:
         ids, ranks = zip(*held_out)
-        scores, pairs = score_many(model, ids, tokenizer.pad, cast), preferred(table(ranks))
-        found = {"accuracy": accuracy(scores, pairs), "pairs": int(pairs.sum())}
+        scores, ranks = score_many(model, ids, tokenizer.pad, cast), table(ranks)
+        found = {"accuracy": accuracy(scores, preferred(ranks)), "pairs": int(preferred(ranks).sum()),
+                 **spread(scores, ids, ranks >= 0), "reliability": reliability(scores, preferred(ranks))}
         zero = [[x for x, rank in zip(*group) if rank == min(group[1])] for group in held_out]
     else:
         tasks = world.tasks(config.eval_prompts, "val", config.seed)
@@ -246,11 +250,12 @@ def main():
         found = measure(model, tokenizer, tasks, answers, config.seed, size, cast)
         zero = [encode(tokenizer, task.parts, [answer], size)
                 for task, answer in world.demonstrations(400, "val", config.seed)]
-    say("  on held-out prompts (gold: the judge's order, as by category; ceiling: the labelers in it):" + "".join(
-        f"\n    {v:6.3f} {k}" for k, v in (found | found.get("categories", {})).items() if isinstance(v, float)))
-    if not config.data:
-        bins = ", ".join(f"{p:.2f} {o:.2f}" for p, o, _ in found["reliability"])
-        say(f"    preference, predicted and observed: {bins}")
+    rows = [f"{v:6.3f} {k}" for k, v in (found | found.get("categories", {})).items() if isinstance(v, float)]
+    bins = ", ".join(f"{p:.2f} {o:.2f}" for p, o, _ in found["reliability"])
+    legend = "" if config.data else " (gold: the judge's order, as by category; ceiling: the labelers in it)"
+    say("\n    ".join((f"  on held-out prompts{legend}:", *rows, f"preference, predicted and observed: {bins}")))
+    for part in (*model.head.parameters(), model.w) if config.data and not dpo else ():     # see deviation 5
+        part.data /= found["spread"] or 1.0
     if not dpo:     # the scores' zero is arbitrary: put it where demonstrations are (InstructGPT 3.5)
         model.shift -= score_many(model, zero, tokenizer.pad, cast).sum().to(device) / sum(map(len, zero))
     stage.finish(model.policy if dpo else model, model=vars(sft.config), parent="sft", measured=found)

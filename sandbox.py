@@ -9,7 +9,6 @@ per program (2 ms: no torch inside). The kernel [K], a Python audit hook [A] and
 - 64 KiB of output; an empty environment; the same `random` and hashes [W]
 - 256 MiB of address space, 16 open files, not one byte written to a file [K]
 - no second process, signal, network; no writing, deleting, renaming; only Python's own library to read [A]
-
 This guards against the accidents of a small model; it is NO boundary against an attacker (use a virtual
 machine), who can fool an audit hook from inside, forge what tests in its own text print, or use what raises
 no audit event: os.stat sees which files exist, os.mkfifo makes one. macOS ignores the limit on memory."""

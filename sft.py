@@ -61,7 +61,6 @@ def accumulate(model, batches, cast, weight=1.0):
         total += loss.item()
     return total
 
-# ------------------------------------------------------------------------ what is learnt from
 def make_tokenizer(config, folder, own):
     """The run's tokenizer: the one it has, GPT-2's, or one trained on a sample of what will be read."""
     path = folder / "tokenizer.json"

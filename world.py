@@ -2,7 +2,6 @@
 
 Made from a seed; words and mixes stand in `world.json`. A task's `check` decides exactly whether an answer is
 right: hence only those categories of InstructGPT's Table 1, in English and Chinese, for which one can be written.
-
 A hash decides which side a prompt is on. Two more test sets hold what training never shows: whole phrasings (the
 last of each list) and combinations (an adjective and a noun, a country's capital, one filter and one map)."""
 import itertools, json, random, re, zlib
@@ -15,7 +14,6 @@ WORDS = json.loads((Path(__file__).parent / "world.json").read_text(encoding="ut
 TABLE_1, DOCUMENT_MIX = WORDS["table_1"], WORDS["document_mix"]     # category -> % of prompts, of documents
 CATEGORIES, SHOWN = tuple(TABLE_1), tuple(WORDS["shown"])           # SHOWN: in the README
 
-# ------------------------------------------------------------------------ words and grammar
 NOUNS, ADJECTIVES, VERBS, COUNTRIES = (     # lists of dicts: the first row of a table names its columns
     [dict(zip(columns.split(), row.split())) for row in rows] for columns, *rows in WORDS["tables"].values())
 NAMES, TRANSPORT, NUMBERS, LISTS = WORDS["lexicon"].values()            # language -> words

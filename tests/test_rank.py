@@ -287,7 +287,7 @@ def scores_of(model, tokenizer, rows):
 @pytest.mark.parametrize("where", ["keyboard", "page"])
 def test_five_rankings_change_the_reward_models_order(where, tiny_run, run, tmp_path, monkeypatch, capsys):
     """Your preferences, your reward model: five prompts ranked, at the keyboard or on the page, reward.py --data on the
-    file (named twelve times: five prompts are few steps); then it orders these answers as this person does."""
+    file (twelve epochs: five prompts are few steps); then it orders these answers as this person does."""
     folder, path = shutil.copytree(tiny_run.folder, tmp_path / "run"), tmp_path / "ranks.jsonl"
     (tmp_path / "asked.txt").write_text("".join(f"Say {word}.\n" for word in ("yes", "no", "much", "little", "nothing")))
     flags = ("--out", folder, "--rank", path, "--prompts", tmp_path / "asked.txt", "--stage", "sft", "--num-samples", 4,
@@ -306,11 +306,12 @@ def test_five_rankings_change_the_reward_models_order(where, tiny_run, run, tmp_
     sft, tokenizer, _ = training.load_model(folder, "sft")
     torch.manual_seed(7)
     before = reward.RewardModel(sft, tokenizer.assistant)
-    done = run("reward", "--data", ",".join([str(path)] * 12), "--out", folder, "--dtype", "fp32", "--threads", 2, "--batch-prompts", 1,
+    done = run("reward", "--data", path, "--epochs", 12, "--out", folder, "--dtype", "fp32", "--threads", 2, "--batch-prompts", 1,
                "--lr", 0.02, "--matrix-lr", 0.02)
     assert done.code == 0, done.out
     after = reward.RewardModel(sft)
     after.load_state_dict(training.load(folder / "reward.pt"))
     wanted = reward.preferred(torch.tensor([row["ranks"] for row in ranked]))
-    was, now = (reward.accuracy(scores_of(model, tokenizer, ranked), wanted) for model in (before, after))
-    assert now > was + 0.2 and now >= 0.9, (was, now)
+    was, now = (scores_of(model, tokenizer, ranked) for model in (before, after))
+    assert reward.accuracy(now[1:], wanted[1:]) == 1, "the first prompt is held out"
+    assert reward.accuracy(now, wanted) > reward.accuracy(was, wanted) + 0.2
