@@ -254,7 +254,7 @@ def main():
     bins = ", ".join(f"{p:.2f} {o:.2f}" for p, o, _ in found["reliability"])
     legend = "" if config.data else " (gold: the judge's order, as by category; ceiling: the labelers in it)"
     say("\n    ".join((f"  on held-out prompts{legend}:", *rows, f"preference, predicted and observed: {bins}")))
-    for part in (*model.head.parameters(), model.w) if config.data and not dpo else ():     # see deviation 5
+    for part in (model.head.weight, model.w) if config.data and not dpo else ():    # see deviation 5
         part.data /= found["spread"] or 1.0
     if not dpo:     # the scores' zero is arbitrary: put it where demonstrations are (InstructGPT 3.5)
         model.shift -= score_many(model, zero, tokenizer.pad, cast).sum().to(device) / sum(map(len, zero))

@@ -349,6 +349,21 @@ def test_demonstrations_score_zero_on_average(reward_run):
     assert abs(scores.mean().item()) < 1e-3 and scores.std() > 0.1 and reward_run.model.shift != 0
 
 
+def test_spread_is_within_a_prompt():
+    """Usual mistakes: the difficulty of a prompt counts as spread, its length as a taste for long answers; what is absent, as 0.
+
+    Three prompts of 3, 2 and 2 answers, far apart; within a prompt each further token costs 0.5. Equal scores: no number.
+    """
+    lengths = [[11, 13, 17], [5, 7], [2, 3]]
+    scores = torch.nn.utils.rnn.pad_sequence([100.0 * i - 0.5 * torch.tensor(row) for i, row in enumerate(lengths)], batch_first=True)
+    here = torch.tensor([[True, True, True], [True, True, False], [True, True, False]])
+    ids = [[[0] * n for n in row] for row in lengths]
+    found = reward.spread(scores, ids, here)
+    apart = torch.tensor([n - sum(row) / len(row) for row in lengths for n in row], dtype=torch.float64)
+    assert found == {"length_correlation": pytest.approx(-1), "spread": pytest.approx(0.5 * apart.std().item())}
+    assert reward.spread(torch.zeros(3, 3), ids, here) == {"length_correlation": None, "spread": 0}
+
+
 def test_the_command_compares_what_it_ranks(reward_run):
     """One epoch over 24 prompts in batches of 5; K from 4 to 5; the rankings are kept in a file that --data could read."""
     facts = json.loads((reward_run.folder / "reward.json").read_text())
