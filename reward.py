@@ -13,7 +13,7 @@ Where this deviates from InstructGPT (Ouyang et al. 2022):
  2. Muon and AdamW at rates that suit a small model; fewer prompts a step: 64 would leave too few steps.
  3. Some answers are drawn at other temperatures, some are demonstrations; the paper's are several models'.
  4. Trunk and policy have the same size; the paper uses one 6B reward model for all.
- 5. With `--data` the unit of the scores is their spread (Ziegler et al. 2019): so PPO's β suits any rankings.
+ 5. With `--data` scores are divided by their spread (Ziegler et al. 2019) if above 1: so PPO's β suits them too.
 Axes: B batch, T tokens, C channels, N prompts, K completions of one prompt."""
 import copy, math, random, time
 from config import UserError     # before torch: see there
@@ -255,7 +255,7 @@ def main():
     legend = "" if config.data else " (gold: the judge's order, as by category; ceiling: the labelers in it)"
     say("\n    ".join((f"  on held-out prompts{legend}:", *rows, f"preference, predicted and observed: {bins}")))
     for part in (model.head.weight, model.w) if config.data and not dpo else ():    # see deviation 5
-        part.data /= found["spread"] or 1.0
+        part.data /= max(1.0, found["spread"])
     if not dpo:     # the scores' zero is arbitrary: put it where demonstrations are (InstructGPT 3.5)
         model.shift -= score_many(model, zero, tokenizer.pad, cast).sum().to(device) / sum(map(len, zero))
     stage.finish(model.policy if dpo else model, model=vars(sft.config), parent="sft", measured=found)

@@ -110,12 +110,13 @@ def test_what_own_rankings_change(based):
     assert parse("reward", [])[0] == world and "lr" not in config.OWN_DATA.get("sft", {})
 
 
-@pytest.mark.parametrize("likelihood", ["no", "yes"])
-def test_own_rankings_have_the_unit_of_the_built_in_ones(likelihood, based, run, tmp_path):
-    """The scores of held-out answers have a spread of 1 within their prompts, and the best of these are 0 on average: β and
-    --unfinished-score then weigh against any file's scores as they do in the built-in world.
+@pytest.mark.parametrize("likelihood, lr", [("no", 0.03), ("yes", 0.03), ("no", 1e-5)])
+def test_own_rankings_have_the_unit_of_the_built_in_ones(likelihood, lr, based, run, tmp_path):
+    """The scores of held-out answers have a spread of 1 or less within their prompts, and the best of these are 0 on average: β
+    and --unfinished-score then weigh against any file's scores as they do in the built-in world.
 
-    Usual mistake: scores of ± 20, against which a KL penalty is nothing and an answer without end (-1) is above the mean.
+    Usual mistakes: scores of ± 20, against which a KL penalty is nothing and an answer without end (-1) is above the mean;
+    the noise of a model that has learnt nothing yet, made as large as that.
     """
     done = run("sft", *TINY, "--steps", 3, "--data", write(tmp_path / "mine.jsonl", [{"prompt": "a", "completion": "b"}]),
                "--out", based)
@@ -123,11 +124,11 @@ def test_own_rankings_have_the_unit_of_the_built_in_ones(likelihood, based, run,
     mine = [{"prompt": f"Say {i}", "responses": [f"{i}", "no", f"{i} times no", "sorry"], "ranks": [0, 1, 1, 2]}
             for i in range(47)]
     mine = write(tmp_path / "ranks.jsonl", mine)
-    done = run("reward", *REWARD, "--epochs", 7, "--lr", 0.03, "--likelihood", likelihood, "--data", mine, "--out", based)
+    done = run("reward", *REWARD, "--epochs", 7, "--lr", lr, "--matrix-lr", lr, "--likelihood", likelihood, "--data", mine, "--out", based)
     assert done.code == 0, done.out
     measured = json.loads((based / "reward.json").read_text())["measured"]
-    assert measured["spread"] > 1.3 and measured["accuracy"] == 1, measured     # as it was before; else it would show nothing
-    assert "gold" not in done.out and "1.000 accuracy" in done.out and "preference, predicted and observed" in done.out
+    assert not 0.7 < measured["spread"] < 1.3, "measured before; near 1 it would show nothing"
+    assert "gold" not in done.out and " accuracy\n" in done.out and "preference, predicted and observed" in done.out
     assert json.loads((based / "reward.json").read_text())["steps"] == 7 * -(-44 // 5)
 
     sft, tokenizer, _ = training.load_model(based, "sft")
@@ -138,8 +139,10 @@ def test_own_rankings_have_the_unit_of_the_built_in_ones(likelihood, based, run,
     ids = [reward.encode(tokenizer, parts, answers) for *parts, answers, _ in held_out]
     scores = reward.score_many(model, ids, tokenizer.pad, contextlib.nullcontext())
     assert len(held_out) == 3 and scores[:, 0].mean().item() == pytest.approx(0, abs=1e-3)
-    assert (scores - scores.mean(1, keepdim=True)).flatten().std().item() == pytest.approx(1, rel=1e-2)
-    assert (scores[:, 0] > scores[:, 1:3].amax(1)).all() and (scores[:, 3] < scores[:, 1:3].amin(1)).all()
+    spread = (scores - scores.mean(1, keepdim=True)).flatten().std().item()
+    assert spread == pytest.approx(min(1, measured["spread"]), rel=1e-2)
+    if measured["spread"] > 1:
+        assert (scores[:, 0] > scores[:, 1:3].amax(1)).all() and (scores[:, 3] < scores[:, 1:3].amin(1)).all()
 
 
 def test_every_epoch_has_all_rankings_in_another_order(monkeypatch):
