@@ -336,8 +336,8 @@ def main():
             say(f"  ! {name} {iteration + 1}: {warning}")
         stage.log(tokens=int(mask.sum()), shown=SHOWN, **row)
     stage.finish(ema, model=vars(policy.config), parent="sft", last=row)
-    say(f"done in {training.clock(time.perf_counter() - started)}. Next:\n  python sample.py --compare --out "
-        f"{folder}      all stages side by side\n  python evaluate.py --out {folder}              measure them")
+    say(f"done in {training.clock(time.perf_counter() - started)}. Next:" + "".join(f"\n  python {command} --out "
+        f"{folder}" for command in ("sample.py --compare", "evaluate.py")[:1 if config.data else 2]))
 
 if __name__ == "__main__":
     training.command(main)

@@ -259,8 +259,8 @@ def main():
     if not dpo:     # the scores' zero is arbitrary: put it where demonstrations are (InstructGPT 3.5)
         model.shift -= score_many(model, zero, tokenizer.pad, cast).sum().to(device) / sum(map(len, zero))
     stage.finish(model.policy if dpo else model, model=vars(sft.config), parent="sft", measured=found)
-    say(f"done in {training.clock(time.perf_counter() - started)}. "
-        f"Next: python {'evaluate' if dpo else 'ppo'}.py --out {folder}")
+    then = "sample.py --compare" if dpo else "ppo.py" + " --data PROMPTS" * bool(config.data)
+    say(f"done in {training.clock(time.perf_counter() - started)}. Next: python {then} --out {folder}")
 
 if __name__ == "__main__":
     training.command(main)

@@ -216,9 +216,9 @@ def main():
         add_lora(model, config.lora_rank)
         say(f"step 1: fine-tune on {len(train):,} demonstrations, {config.epochs} times")
         finetune(config, folder, model, tokenizer, train, val, corpus, ask, cast)
-    say(f"done in {training.clock(time.perf_counter() - started)}. Next:\n"
-        f"  python sample.py --out {folder} --prompt \"...\"" + ("" if isinstance(own, str) else
-        f"\n  python reward.py --out {folder}\n  python evaluate.py --out {folder}"))
+    then = "sft.py --data DEMONSTRATIONS" if isinstance(own, str) else "reward.py" + " --data RANKINGS" * bool(own)
+    say(f"done in {training.clock(time.perf_counter() - started)}. Next:" + "".join(
+        f"\n  python {command} --out {folder}" for command in ('sample.py --prompt "..."', then)))
 
 if __name__ == "__main__":
     training.command(main)

@@ -78,6 +78,7 @@ def test_each_step_measures_on_the_file(based, run, tmp_path, monkeypatch):
     other = write(tmp_path / "other.jsonl", [{"prompt": f"Count {i}", "completion": str(i)} for i in range(7)])
     done = run("sft", *TINY, "--steps", 3, "--data", mine, "--data-eval", other, "--out", based)
     assert done.code == 0, done.out
+    assert done.out.endswith(f"  python reward.py --data RANKINGS --out {based}\n"), "the built-in world has other prompts"
     tokenizer = training.load_model(based, "sft")[1]
     texts = [[tokenizer.decode(ids) for ids, _ in side] for side in seen["sft"]]
     assert [len(side) for side in texts] == [23, 7]
@@ -87,10 +88,11 @@ def test_each_step_measures_on_the_file(based, run, tmp_path, monkeypatch):
     done = run("reward", *REWARD, "--data", write(tmp_path / "pairs.jsonl", pairs), "--data-eval",
                write(tmp_path / "held.jsonl", pairs[:7]), "--out", based)
     assert done.code == 0 and json.loads((based / "reward.json").read_text())["measured"]["pairs"] == 7, done.out
-    assert "23 prompts" in done.out
+    assert "23 prompts" in done.out and done.out.endswith(f"Next: python ppo.py --data PROMPTS --out {based}\n")
 
     done = run("ppo", *PPO, "--data", mine, "--data-eval", other, "--out", based)
     assert done.code == 0, done.out
+    assert done.out.endswith(f"  python sample.py --compare --out {based}\n"), "evaluate.py knows the built-in tasks alone"
     assert [len(side) for side in seen["ppo"]] == [23, 7] and seen["ppo"][1][0].prompt == "Count 0"
 
 

@@ -342,7 +342,9 @@ def test_own_text(tmp_path, run):
     book = tmp_path / "book.txt"
     book.write_text("\n".join(f"It was on day {i} that the ship number {i * 7} sailed; 猫 saw it." for i in range(900)))
     done = run("sft", *TINY, "--block-size", 64, "--data", book, "--out", tmp_path / "run")
-    assert done.code == 0 and "held-out loss text" in done.out and "Next:\n  python sample.py --out" in done.out
+    assert done.code == 0 and "held-out loss text" in done.out
+    assert done.out.endswith(f"Next:\n  python sample.py --prompt \"...\" --out {tmp_path / 'run'}\n"
+                             f"  python sft.py --data DEMONSTRATIONS --out {tmp_path / 'run'}\n")
     assert "reward.py" not in done.out, "what knows no turns cannot be ranked by its answers"
     assert (tmp_path / "run/base.pt").exists() and not (tmp_path / "run/sft.pt").exists()
     loss = json.loads((tmp_path / "run/base.json").read_text())["losses"]["text"]
