@@ -73,7 +73,7 @@ class RewardConfig(TrainConfig):  # step 2: comparisons, and the reward model
     epochs: int = 1             # more overfits (InstructGPT C.2), but of few rankings one is too little
     steps: int = 0              # optimiser steps; 0 = by epochs
     batch_prompts: int = 24     # prompts an optimiser step, with all their answers
-    likelihood: bool = True     # the trunk's log-likelihood of the answer is part of the score
+    likelihood: float = 0.2     # w to begin with, of the answer's log-likelihood in the score; 0 = not part of it
     lr: float = 3e-4
     matrix_lr: float = 6e-4
     weight_decay: float = 0.1
@@ -142,9 +142,9 @@ PRESETS = {"tiny": {},          # preset -> step -> what it changes; tiny: minut
     "gpt2": {"sft": dict(tokenizer="gpt2", lr=1e-4, matrix_lr=2e-4,     # GPT-2's shape, 124 M: own data, a GPU
         init_std=0.02, wave_std=0.0, block_size=1024, n_layer=12, n_head=12, n_embd=768, pretrain_steps=20_000,
         pretrain_batch=131_072, accumulate=4, pretrain_lr=6e-4, pretrain_docs=20_000_000, warmup=500),
-        "reward": dict(lr=2e-5, matrix_lr=4e-5, likelihood=False),      # Ziegler et al. 2019; not tried here
+        "reward": dict(lr=2e-5, matrix_lr=4e-5, likelihood=0.0),        # Ziegler et al. 2019; not tried here
         "ppo": dict(lr=1e-5, gain_lr=1e-4, value_lr=2e-5)}}
-OWN_DATA = {"reward": dict(epochs=3, batch_prompts=8, likelihood=False, lr=1e-3, matrix_lr=2e-3, dpo_rate=0.05)}
+OWN_DATA = {"reward": dict(epochs=3, batch_prompts=8, likelihood=0.03, lr=1e-3, matrix_lr=2e-3, dpo_rate=0.05)}
 CONFIGS = dict(sft=SFTConfig, reward=RewardConfig, ppo=PPOConfig, sample=SampleConfig, evaluate=EvaluateConfig)
 ALLOWED = {     # field -> its words, or its least and greatest value; of other numbers by their type
     "config": tuple(PRESETS), "tokenizer": ("bpe", "gpt2"), "advantage": ("gae", "group"), "best_of": (1, 64),

@@ -9,7 +9,7 @@ The built-in labelers rank by the exact judge's score, their taste and noise (`w
 model sees only their rankings; it is measured against them, and against the judge that it never saw.
 Where this deviates from InstructGPT (Ouyang et al. 2022):
  1. The score is the head's plus w times the trunk's log-likelihood of the answer: from a few thousand prompts a
-    head alone tells right from wrong in 62 % of pairs, the sum in 85 %. `--likelihood no` is the paper's.
+    head alone tells right from wrong in 62 % of pairs, the sum in 85 %. `--likelihood 0` is the paper's.
  2. Muon and AdamW at rates that suit a small model; fewer prompts a step: 64 would leave too few steps.
  3. Some answers are drawn at other temperatures, some are demonstrations; the paper's are several models'.
  4. Trunk and policy have the same size; the paper uses one 6B reward model for all.
@@ -35,13 +35,13 @@ def answer_logprobs(gpt, x, tokens, mask, after):
 class RewardModel(nn.Module):
     """s(x,y) = head(h_T) + w Σ_t log π(y_t | x, y_<t) + shift: a GPT (a copy) with one scalar a token.
     π is the trunk's, w learnt, y stands behind the last token `answer_after` (None: no sum, as in the paper)."""
-    def __init__(self, gpt, answer_after=None):
+    def __init__(self, gpt, answer_after=None, w=0.2):
         super().__init__()
         self.trunk, d = copy.deepcopy(gpt), gpt.config.n_embd
         self.head = nn.Linear(d, 1)
         nn.init.normal_(self.head.weight, std=1 / math.sqrt(d + 1))     # Stiennon et al. 2020
         nn.init.zeros_(self.head.bias)
-        self.w = nn.Parameter(torch.tensor([0.2]))
+        self.w = nn.Parameter(torch.tensor([w]))
         self.register_buffer("answer_after", torch.tensor(-1 if answer_after is None else answer_after))
         self.register_buffer("shift", torch.zeros(()))      # puts demonstrations at 0; set after training
 
@@ -227,7 +227,7 @@ def main():
     size, dpo = sft.config.block_size, config.objective == "dpo"
     torch.manual_seed(training.seed_of(config.seed, "reward"))
     model = (ImplicitReward(sft, tokenizer.assistant, config.dpo_beta) if dpo else
-             RewardModel(sft, tokenizer.assistant if config.likelihood else None)).to(device)
+             RewardModel(sft, tokenizer.assistant if config.likelihood else None, config.likelihood)).to(device)
     add_lora(model.policy if dpo else model.trunk, config.lora_rank)
     if config.data:
         found, skipped = zip(*map(data.read_comparisons, config.files))

@@ -117,7 +117,7 @@ def rank(model, tokenizer, stage, config, cast, folder, ask=None):
             file.write(json.dumps(dict(row), ensure_ascii=False).encode() + b"\n")
             file.flush()
             ranked += len(set(ranks)) > 1
-    say(f"\n{ranked} ranked. Go on as before, or: python reward.py --out {folder} --data {path} --likelihood yes")
+    say(f"\n{ranked} ranked. The same command goes on; then: python reward.py --out {folder} --data {path}")
 
 def main(ask=None):
     config, _ = parse("sample", description=__doc__)

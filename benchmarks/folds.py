@@ -73,7 +73,7 @@ def main():
         comparisons = [(*task.parts, [text for text, _ in group], rank)
                        for (task, group), rank in zip(rows, ranks) if len(set(rank)) > 1]
         torch.manual_seed(training.seed_of(config.seed, "folds", k))
-        model = reward.RewardModel(sft, tokenizer.assistant if config.likelihood else None).to(device)
+        model = reward.RewardModel(sft, tokenizer.assistant if config.likelihood else None, config.likelihood).to(device)
         with tempfile.TemporaryDirectory() as folder:
             reward.train(replace(config, fresh=True), folder, model, reward.encode_groups(tokenizer, comparisons, size),
                          tokenizer.pad, cast)
