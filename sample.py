@@ -3,7 +3,7 @@
     python sample.py --prompt "Who likes tea?" --input "Anna likes tea. Ben lives in Oslo." --num-samples 5
     python sample.py --prompt "请生成一个函数，用于计算两个矩阵的乘积" --execute
     python sample.py --rank mine.jsonl --prompts asked.jsonl --num-samples 4 --temperature 1"""
-import codecs, contextlib, json, operator, random, re, runpy, sys
+import codecs, contextlib, runpy, sys
 from config import UserError, parse     # before torch: see there
 import data, sandbox, training, world
 from model import load_gpt2
@@ -11,7 +11,6 @@ from training import say
 
 SHOWN = (*((prompt, "") for prompt in world.SHOWN),     # and a question that its text does not answer
          ("What is Nick's job? Use only the text.", "Nick likes grapes. Nick has a heavy frog."))
-KEYS = ("instruction", "input", "history", "responses", "ranks", "stage", "seed")   # of a ranking
 
 def encode(tokenizer, stage, instruction, input="", history=()):
     """A prompt as this stage reads it -> ids. A base knows no turns: it continues the text."""
@@ -23,9 +22,9 @@ def answers(model, tokenizer, prompt, n, config, cast, turn=0, **options):
     """n answers to one encoded prompt -> list of str. Each turn of a chat has a seed of its own."""
     if len(prompt) >= model.config.block_size:
         raise UserError(f"the prompt has {len(prompt)} tokens, the context only {model.config.block_size}")
-    return [answer.text for answer in training.respond(
-        model, tokenizer, [prompt] * n, config.max_new_tokens, config.temperature, config.seed + turn, cast,
-        top_k=config.top_k, top_p=config.top_p, **options)]
+    how = config.max_new_tokens, config.temperature, config.seed + turn, cast
+    options |= {"top_k": config.top_k, "top_p": config.top_p}
+    return [answer.text for answer in training.respond(model, tokenizer, [prompt] * n, *how, **options)]
 
 def execute(answer, stdin):
     """Run an answer as Python and show what happens."""
@@ -63,63 +62,7 @@ def chat(model, tokenizer, config, cast):
             history.append((question, "".join(shown)))
     say("bye")
 
-def parse_ranking(line, k):
-    """"2 > 1 = 3" or "2 1=3" -> [1, 0, 1], the ranks of k answers: 0 = best, equal = tie; "s": all tie."""
-    names = [str(n) for n in range(1, k + 1)]
-    text = "=".join(names) if line.strip() == "s" else "".join(line.split())
-    if not re.fullmatch(f"[1-{k}]([>=]?[1-{k}])*", text):
-        raise ValueError(f"needed: the numbers 1 to {k}, best first, as in 2 > 1 or, a tie, 2 = 1; s skips")
-    if wrong := [name for name in names if text.count(name) != 1]:
-        raise ValueError(f"answer {wrong[0]} is {'there twice' if wrong[0] in text else 'missing'}")
-    places = re.findall("[1-9](?:=[1-9])*", text)                           # "2", "1=3"
-    return [rank for name in names for rank, tied in enumerate(places) if name in tied]
-
-def keyboard(place, text, shown):
-    """Shows a prompt and its answers -> their ranks, as typed. EOFError at q and at Ctrl-D."""
-    say("\n".join([f"\n=== {place} {text}", *(f"[{i}] {answer}" for i, answer in enumerate(shown, 1))]))
-    while (line := input("best first> ")).strip() != "q":
-        try:
-            return parse_ranking(line, len(shown))
-        except ValueError as why:
-            say(f"{why}")
-    raise EOFError
-
-def rank(model, tokenizer, stage, config, cast, folder, ask=None):
-    """A person ranks K answers to each prompt, in blind order, equal ones shown once; each row is kept at once."""
-    k, path, known, ranked = 4 if config.num_samples == 1 else config.num_samples, config.rank, set(), 0
-    prompts = (data.read_prompts(config.prompts) if config.prompts else
-               [task.parts for task in world.tasks(500, "val", config.seed)])
-    with open(path, "ab+") as file, contextlib.suppress(EOFError, KeyboardInterrupt):
-        file.seek(0)
-        lines = file.read().splitlines(keepends=True)
-        for number, line in enumerate(lines, 1):
-            try:
-                known.add(json.dumps(operator.itemgetter(*KEYS)(json.loads(line))[:3]))
-            except (ValueError, LookupError, TypeError):
-                raise UserError(f"{path}, line {number}: needed: {', '.join(KEYS)}, as --rank writes them. "
-                                "Mend or remove the line, or name another file") from None
-        if lines and not line.endswith(b"\n"):
-            file.write(b"\n")
-        left = {key: parts for parts in prompts if (key := json.dumps(parts)) not in known}
-        say(f"{len(left)} prompts to rank, best first, like 2 > 1 = 3 (a tie) or 2 1=3; s skips, q quits")
-        for i, (key, (instruction, input, history)) in enumerate(left.items(), 1):
-            prompt, seed = encode(tokenizer, stage, instruction, input, history), training.seed_of(key)
-            fits = len(prompt) < model.config.block_size
-            texts = list(dict.fromkeys(answers(model, tokenizer, prompt, k, config, cast, seed) if fits else ()))
-            if len(texts) < 2:
-                say(f"left out, {'all answers equal' if texts else 'too long a prompt'}: {instruction!r:.60}")
-                continue
-            texts = random.Random(key).sample(texts, len(texts))        # the first is often the commonest
-            turns = [f"{who}> {said}" for turn in history for who, said in zip(("you", "model"), turn)]
-            text = "\n\n".join(filter(None, [*turns, instruction, input]))
-            ranks = (ask or keyboard)(f"{i}/{len(left)}", text, texts)
-            row = zip(KEYS, (instruction, input, history, texts, ranks, stage, config.seed))
-            file.write(json.dumps(dict(row), ensure_ascii=False).encode() + b"\n")
-            file.flush()
-            ranked += len(set(ranks)) > 1
-    say(f"\n{ranked} ranked. The same command goes on; then: python reward.py --out {folder} --data {path}")
-
-def main(ask=None):
+def main():
     config, _ = parse("sample", description=__doc__)
     if config.prompt or config.num_samples > 9 if config.rank else config.prompts:
         raise UserError("--rank OUT.jsonl takes --prompts FILE (no --prompt) and --num-samples 2 to 9")
@@ -135,8 +78,7 @@ def main(ask=None):
     if config.chat:
         return chat(model, tokenizer, config, cast)
     if config.rank:
-        ask = runpy.run_path(f"{data.BENCHMARKS}/rank_page.py")["browser"]() if config.serve else ask
-        return rank(model, tokenizer, stage, config, cast, folder, ask)
+        return runpy.run_path(f"{data.BENCHMARKS}/rank.py")["rank"](model, tokenizer, stage, config, cast, folder)
     questions = [(config.prompt, config.input)] if config.prompt else SHOWN if config.compare else []
     if not questions:
         raise UserError("nothing to answer: --prompt \"...\" asks once, --chat begins a conversation")

@@ -23,7 +23,7 @@ import training
 import world
 from config import SampleConfig, UserError
 
-rank_page = benchmark("rank_page")
+ranking = benchmark("rank")
 TOKENIZER = data.Tokenizer(data.train_bpe([""], 256))
 MODEL = SimpleNamespace(config=SimpleNamespace(block_size=101), num_params=lambda: 7)
 PROMPTS = [("Name a tree.", "", ()), ("Who?", "Anna likes tea.", ()), ("And Ben?", "", (("Who is Anna?", "A cook."),)),
@@ -31,7 +31,7 @@ PROMPTS = [("Name a tree.", "", ()), ("Who?", "Anna likes tea.", ()), ("And Ben?
 QUALITY = {f"answer {letter}": i for i, letter in enumerate("edcba")}      # what this person likes: 0 is the best
 
 
-def rank(monkeypatch, path, ask, built_in=PROMPTS, drawn=tuple(sorted(QUALITY)), page=None, **changes):
+def rank(monkeypatch, path, ask, built_in=PROMPTS, drawn=tuple(sorted(QUALITY)), **changes):
     """One session; `ask` sits at the keyboard -> (the texts that were asked, which answers were shown to each)."""
     asked = []
 
@@ -40,9 +40,9 @@ def rank(monkeypatch, path, ask, built_in=PROMPTS, drawn=tuple(sorted(QUALITY)),
         return ask(text, shown)
     monkeypatch.setattr(sample, "answers", lambda model, tokenizer, prompt, n, *rest: list(drawn)[:n])
     monkeypatch.setattr(world, "tasks", lambda *args: [SimpleNamespace(parts=parts) for parts in built_in])
-    monkeypatch.setattr(sample, "keyboard", person)
+    monkeypatch.setattr(ranking, "keyboard", person)
     config = SampleConfig(**{"rank": str(path), "num_samples": 5} | changes)
-    sample.rank(MODEL, TOKENIZER, "sft", config, contextlib.nullcontext(), "runs/mine", page and page())
+    ranking.rank(MODEL, TOKENIZER, "sft", config, contextlib.nullcontext(), "runs/mine")
     return asked
 
 
@@ -62,7 +62,7 @@ def rows(path):
 ])
 def test_a_ranking(line, ranks):
     """The usual mistake: the place of an answer is taken for its number; and a tie uses up a rank."""
-    assert sample.parse_ranking(line, 4) == ranks
+    assert ranking.parse_ranking(line, 4) == ranks
 
 
 @pytest.mark.parametrize("line, k, why", [
@@ -72,7 +72,7 @@ def test_a_ranking(line, ranks):
 ])
 def test_a_mistyped_ranking(line, k, why):
     with pytest.raises(ValueError, match=why) as error:
-        sample.parse_ranking(line, k)
+        ranking.parse_ranking(line, k)
     assert "\n" not in str(error.value)
 
 
@@ -80,12 +80,12 @@ def test_at_the_keyboard(monkeypatch, capsys):
     """A mistyped line costs one line and is asked again; the answers are not shown a second time."""
     typed = iter(["2 2", "1 >", "2 > 1"])
     monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
-    assert sample.keyboard("3/7", "Who?", ["Anna", "Ben"]) == [1, 0]
+    assert ranking.keyboard("3/7", "Who?", ["Anna", "Ben"]) == [1, 0]
     out = capsys.readouterr().out
     assert out.startswith("\n=== 3/7 Who?\n[1] Anna\n[2] Ben\n") and out.count("[1]") == 1 and out.count("\n") == 6
     monkeypatch.setattr("builtins.input", lambda prompt: " q")
     with pytest.raises(EOFError):
-        sample.keyboard("3/7", "Who?", ["Anna", "Ben"])
+        ranking.keyboard("3/7", "Who?", ["Anna", "Ben"])
 
 
 # ---------------------------------------------------------------- a session
@@ -192,6 +192,7 @@ def serving(work, capsys):
     thread, out = threading.Thread(target=work, daemon=True), ""
     thread.start()
     while not (found := re.search(r"http://\S+", out)):
+        assert thread.is_alive(), out
         out += capsys.readouterr().out
         time.sleep(0.01)
     yield found[0]
@@ -213,7 +214,7 @@ def request(url, line=None, **headers):
 def test_a_round_in_the_browser(monkeypatch, capsys, tmp_path):
     """Page, question, ranking, the next question ...; the person there sees the same blind order, and it is undone."""
     path = tmp_path / "out.jsonl"
-    with serving(lambda: rank(monkeypatch, path, by_quality, page=rank_page.browser), capsys) as home:
+    with serving(lambda: rank(monkeypatch, path, by_quality, serve=True), capsys) as home:
         status, page, headers = request(home)
         assert status == 200 and page == (ROOT / "benchmarks" / "rank_page.html").read_text(encoding="utf8") and headers["Content-Type"] == "text/html"
         orders = []
@@ -232,7 +233,7 @@ def test_a_round_in_the_browser(monkeypatch, capsys, tmp_path):
 def test_serve_is_a_flag_of_sample(monkeypatch, capsys, tmp_path):
     """`sample.py --rank OUT.jsonl --serve`: a page instead of the keyboard. Usual mistake: the flag is read and nothing changes."""
     path = tmp_path / "out.jsonl"
-    monkeypatch.setattr(sample, "keyboard", lambda *args: pytest.fail("the keyboard was asked"))
+    monkeypatch.setattr("builtins.input", lambda *args: pytest.fail("the keyboard was asked"))
     monkeypatch.setattr(sample, "answers", lambda model, tokenizer, prompt, n, *rest: sorted(QUALITY)[:n])
     monkeypatch.setattr(world, "tasks", lambda *args: [SimpleNamespace(parts=PROMPTS[0])])
     monkeypatch.setattr(training, "finished", lambda *args: True)
@@ -250,7 +251,7 @@ def test_what_the_server_refuses(capsys):
     given = []
 
     def work():
-        given.append(list(rank_page.browser()("1/2", "Who?", ["<b>a</b>", "b"])))
+        given.append(list(ranking.browser()("1/2", "Who?", ["<b>a</b>", "b"])))
     with serving(work, capsys) as home:
         port, root = int(home.split(":")[2].split("/")[0]), "/".join(home.split("/")[:3])
         assert len(home.split("/")[3]) >= 32
