@@ -1,7 +1,8 @@
 """Every number of the project, on one page. A config's fields are a step's flags (`--pretrain-steps 500`); a
 value comes from the command line, else from the preset (`--config tiny`), else from the default here."""
-import difflib, math, os, sys, textwrap
+import contextlib, difflib, inspect, json, math, os, re, sys, textwrap
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "200")    # kernels kept; 1,024 take another 0.3 GB
 if "OMP_WAIT_POLICY" not in os.environ:     # how often an idle thread looks for work before it sleeps:
@@ -12,7 +13,7 @@ class UserError(Exception):
 
 @dataclass(frozen=True)
 class CommandConfig:            # what every command understands
-    config: str = "tiny"        # the preset: tiny, headline, small or gpt2
+    config: str = "tiny"        # tiny, headline, small or gpt2; else of --out's run, with --init gpt2, or this
     seed: int = 1               # data, weights and sampling follow from it
     out: str = ""               # the run's folder; by default runs/<config>, with --data runs/<config>-<file>
     data: str = ""              # your own file instead of the built-in world
@@ -26,18 +27,18 @@ class TrainConfig(CommandConfig):  # what every training step understands
     fresh: bool = False         # begin anew, even where a finished or an interrupted run is there
     data_eval: str = ""         # your own held-out file; without it every twentieth prompt of --data is held out
     clip: float = 1.0           # the largest norm of the gradient
+    init: str = ""              # start from GPT-2's published weights: a folder, a .safetensors file, its index
     lora_rank: int = 0          # steps 1 to 3: above 0 only adapters of this rank learn (LoRA); 0 = all weights
     files = property(lambda self: [name for name in (self.data, self.data_eval) if name])
 
 @dataclass(frozen=True)
 class SFTConfig(TrainConfig):   # step 0, pretraining, and step 1, supervised fine-tuning
-    init: str = ""              # start from GPT-2's published weights: a folder, a .safetensors file, its index
     tokenizer: str = "bpe"      # the model: bpe, trained on the data; gpt2: tiktoken's
     vocab_size: int = 2048      # of the trained tokenizer, its 4 special tokens included
     block_size: int = 256       # tokens of context
-    n_layer: int = 4
-    n_head: int = 4
-    n_embd: int = 128
+    n_layer: int = 4            # blocks
+    n_head: int = 4             # attention heads
+    n_embd: int = 128           # channels: the width of the model
     flash: str = "auto"         # the fused attention kernel: auto (see model.by_hand_is_faster), yes or no
     init_std: float = 0.08      # of the weights at the start, about 1/sqrt(n_embd)
     wave_std: float = 0.2       # positions start as sinusoids of this amplitude
@@ -48,15 +49,15 @@ class SFTConfig(TrainConfig):   # step 0, pretraining, and step 1, supervised fi
     pretrain_matrix_lr: float = 0.008    # of Muon: the blocks' matrices
     pretrain_docs: int = 4_000_000   # tokens of different text to make; more steps than that read it again
     demonstrations: int = 16_000     # step 1: how many the labelers write
-    epochs: int = 5
+    epochs: int = 5             # how often each demonstration is learnt
     steps: int = 0              # optimiser steps of step 1; 0 = by epochs
     batch_size: int = 64        # demonstrations an optimiser step
     packing: bool = False       # several demonstrations share a row of block_size tokens: less padding
-    lr: float = 2e-3
-    matrix_lr: float = 0.004
+    lr: float = 2e-3            # step 1, as in step 0: of AdamW ...
+    matrix_lr: float = 0.004    # ... and of Muon
     ptx_share: float = 0.1      # pretraining sequences among the fine-tuning ones (InstructGPT C.3: 10 %)
     accumulate: int = 1         # both: micro-batches an optimiser step
-    weight_decay: float = 0.1
+    weight_decay: float = 0.1   # of matrices and embeddings
     warmup: int = 50            # optimiser steps until the peak of the learning rate
     eval_every: int = 500       # optimiser steps between two evaluations
 
@@ -67,17 +68,17 @@ class RewardConfig(TrainConfig):  # step 2: comparisons, and the reward model
     dpo_beta: float = 0.3       # β of DPO: price of a nat of KL
     dpo_rate: float = 0.3       # DPO's learning rates as a share of these below: it moves a policy, and further
     prompts: int = 6000         # prompts whose answers are ranked
-    min_k: int = 4              # answers to a prompt (InstructGPT: 4 to 9)
-    max_k: int = 9
-    max_new_tokens: int = 100
+    min_k: int = 4              # answers to a prompt, from so many ... (InstructGPT: 4 to 9)
+    max_k: int = 9              # ... to so many
+    max_new_tokens: int = 100   # of an answer
     epochs: int = 1             # more overfits (InstructGPT C.2), but of few rankings one is too little
     steps: int = 0              # optimiser steps; 0 = by epochs
     batch_prompts: int = 24     # prompts an optimiser step, with all their answers
     likelihood: float = 0.2     # w to begin with, of the answer's log-likelihood in the score; 0 = not part of it
-    lr: float = 3e-4
-    matrix_lr: float = 6e-4
-    weight_decay: float = 0.1
-    warmup: int = 20
+    lr: float = 3e-4            # of AdamW: embedding, head, norms, biases
+    matrix_lr: float = 6e-4     # of Muon: the blocks' matrices
+    weight_decay: float = 0.1   # of matrices and embeddings
+    warmup: int = 20            # optimiser steps until the peak of the learning rate
     eval_prompts: int = 600     # held-out prompts to measure on
 
 @dataclass(frozen=True)
@@ -85,13 +86,13 @@ class PPOConfig(TrainConfig):   # step 3: PPO with the pretraining gradient mixe
     reward: str = "model"       # model: step 2's; execution: the exact check; FILE.py:function: your own
     advantage: str = "gae"      # gae: by the value model; group: GRPO, against other answers to the prompt
     group: int = 4              # answers to one prompt with --advantage group
-    iterations: int = 40
+    iterations: int = 40        # rounds of answering, scoring and learning
     episodes: int = 512         # answers an iteration, each used once
     minibatches: int = 8        # optimiser steps an iteration
     accumulate: int = 2         # micro-batches a minibatch
     prompts: int = 6000         # different prompts that the episodes are drawn from
-    max_new_tokens: int = 100
-    lr: float = 2e-4            # of the policy ...
+    max_new_tokens: int = 100   # of an answer
+    lr: float = 2e-4            # of AdamW: the policy's ...
     gain_lr: float = 0.04       # ... and of the gain of its last norm, in effect its temperature
     value_lr: float = 1e-3      # of the value model
     warmup: int = 10            # iterations from 0.1 of the peak learning rates to the peak
@@ -101,12 +102,12 @@ class PPOConfig(TrainConfig):   # step 3: PPO with the pretraining gradient mixe
     ptx_window: int = 128       # ... in windows of so many
     gamma: float = 1.0          # discount: none
     lam: float = 0.95           # λ of GAE
-    clip_ratio: float = 0.2
-    clip_value: float = 0.2
+    clip_ratio: float = 0.2     # ε of PPO's clipped policy loss
+    clip_value: float = 0.2     # and of its clipped value loss
     ema: float = 0.992          # of the weights that are kept
     unfinished_score: float = -1.0      # replaces the score of an answer that does not end
     eval_every: int = 5         # iterations between two evaluations on held-out prompts
-    eval_prompts: int = 270
+    eval_prompts: int = 270     # held-out prompts to measure on
 
 @dataclass(frozen=True)
 class SampleConfig(CommandConfig):  # using a trained model
@@ -116,7 +117,7 @@ class SampleConfig(CommandConfig):  # using a trained model
     prompt: str = ""            # the instruction
     input: str = ""             # the text that it is about, if any
     num_samples: int = 1        # answers to the prompt
-    max_new_tokens: int = 160
+    max_new_tokens: int = 160   # of an answer
     temperature: float = 0.5    # 1: as the model believes; 0: always its first choice
     top_k: int = 0              # 0 = off
     top_p: float = 1.0          # 1 = off
@@ -125,6 +126,7 @@ class SampleConfig(CommandConfig):  # using a trained model
     compare: bool = False       # all stages of the run answer, side by side: the prompt, or a few fixed ones
     rank: str = ""              # rank answers yourself; the rankings are appended to this JSONL file
     prompts: str = ""           # with --rank: a file of prompts whose answers are ranked
+    export: str = ""            # write the model as GPT-2 is published, into this folder
     serve: bool = False         # with --rank: on a page in a browser of this machine, not at the keyboard
 
 @dataclass(frozen=True)
@@ -163,12 +165,24 @@ def flag(name):
     """"pretrain_steps" -> "--pretrain-steps"; from_ is written so as `from` is a word of Python."""
     return "--" + name.rstrip("_").replace("_", "-")
 
+def preset_of(folder):
+    """The preset that the run in this folder was begun with, for its later steps; "" where there is no run."""
+    for stage in ("base", "sft") if folder else ():
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):      # not there, or damaged
+            name = json.loads(Path(folder, f"{stage}.json").read_text(encoding="utf8"))["config"]["config"]
+            return name if name in PRESETS else ""
+    return ""
+
 def parse(step, argv=None, description=""):
     """A step's command line -> (config, {field: where its value comes from}). UserError if it cannot work."""
     words, given = list(sys.argv[1:] if argv is None else argv), {}
     flags = {flag(field.name): field for field in fields(CONFIGS[step])}
     if "--help" in words or "-h" in words:
-        rows = [f"  {name:22}{f.type.__name__.upper():7}default {f.default!r}" for name, f in flags.items()]
+        about = {}      # what stands beside a field on this page; the step's own word after a base class's
+        for kind in CONFIGS[step].__mro__[-2::-1]:
+            about |= re.findall(r"^    (\w+): .*?# (.*)", inspect.getsource(kind), re.M)
+        rows = [f"  {name:23}{f.type.__name__.upper():6}{about[f.name]}; default {f.default!r}"
+                for name, f in flags.items()]
         print(description.strip(), "", *rows, sep="\n")
         sys.exit(0)
     while words:
@@ -189,8 +203,10 @@ def parse(step, argv=None, description=""):
             raise UserError(f"{name} is one of {', '.join(allowed)}, not {found}.{nearest(found, allowed)}")
         if field.type in (int, float) and not allowed[0] <= found <= allowed[1]:
             raise UserError(f"{name} must be from {allowed[0]} to {allowed[1]}, not {found}")
+    run = preset_of(given.get("out")) if issubclass(CONFIGS[step], TrainConfig) else ""
+    name = given.get("config") or run or ("gpt2" if given.get("init") else "tiny")
     own = OWN_DATA.get(step, {}) if given.get("data") else {}         # few rankings, other answers
-    preset = own | PRESETS[given.get("config", "tiny")].get(step, {})       # the preset's word weighs more
+    preset = {"config": name} | own | PRESETS[name].get(step, {})           # the preset's word weighs more
     config = CONFIGS[step](**preset | given)
     if isinstance(config, TrainConfig) and config.resume and config.fresh:
         raise UserError("--resume goes on and --fresh begins anew: give one of them")

@@ -78,12 +78,11 @@ class Tokenizer:
     def gpt2(cls):
         """tiktoken's GPT-2 encoding, which it downloads once."""
         try:
-            encoding = tiktoken.get_encoding("gpt2")
+            return cls(tiktoken.get_encoding("gpt2")._mergeable_ranks, GPT2_PATTERN)
         except Exception as error:                  # requests' errors, and tiktoken's own
             raise UserError(f"cannot download GPT-2's tokenizer ({type(error).__name__}). With a network run "
                             "TIKTOKEN_CACHE_DIR=x python -c \"import tiktoken as t; t.get_encoding('gpt2')\""
                             ", copy x here, set TIKTOKEN_CACHE_DIR to it. Or use --tokenizer bpe") from None
-        return cls(encoding._mergeable_ranks, encoding._pat_str)
 
     @classmethod
     def published(cls, path):

@@ -276,7 +276,7 @@ def learners(config, reference, reward_model, device):
 
 def main():
     started, config, folder, device, cast = training.begin("ppo", __doc__)
-    reference, tokenizer, _ = training.load_model(folder, "sft", device)
+    reference, tokenizer, _ = training.load_sft(config, folder, device)
     reward, reward_model = make_reward(config, folder, reference, tokenizer, cast, device)
     corpora = sorted(folder.glob("corpus-*.bin"), key=lambda path: path.stat().st_mtime)
     if config.ptx_coef and not corpora:

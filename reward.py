@@ -223,7 +223,7 @@ def measure(model, tokenizer, tasks, groups, seed, size, cast):
 
 def main():
     started, config, folder, device, cast = training.begin("reward", __doc__)
-    sft, tokenizer, _ = training.load_model(folder, "sft", device)
+    sft, tokenizer, _ = training.load_sft(config, folder, device)
     size, dpo = sft.config.block_size, config.objective == "dpo"
     torch.manual_seed(training.seed_of(config.seed, "reward"))
     model = (ImplicitReward(sft, tokenizer.assistant, config.dpo_beta) if dpo else

@@ -2,6 +2,7 @@
 
     python sample.py --prompt "Who likes tea?" --input "Anna likes tea. Ben lives in Oslo." --num-samples 5
     python sample.py --prompt "请生成一个函数，用于计算两个矩阵的乘积" --execute
+    python sample.py --out runs/mine --export gpt2-mine/                 as GPT-2 is published
     python sample.py --rank mine.jsonl --prompts asked.jsonl --num-samples 4 --temperature 1"""
 import codecs, contextlib, runpy, sys
 from config import UserError, parse     # before torch: see there
@@ -75,6 +76,8 @@ def main():
     for stage, (model, tokenizer, _) in models.items():
         say(f"{config.init or f'{folder / stage}.pt'}, {model.num_params():,} parameters, "
             f"temperature {config.temperature:g}, seed {config.seed}")
+    if config.export:
+        return runpy.run_path(f"{data.BENCHMARKS}/export.py")["export"](model, tokenizer, config.export)
     if config.chat:
         return chat(model, tokenizer, config, cast)
     if config.rank:

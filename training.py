@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from config import YES_NO, UserError, parse, show
 from data import Tokenizer
-from model import GPT, GPTConfig, generate, learnt, merge_lora
+from model import GPT, GPTConfig, generate, learnt, load_gpt2, merge_lora
 
 Answer = collections.namedtuple("Answer", "ids text ended")     # ended: by itself, not by the limit or the context
 adamw = functools.partial(torch.optim.AdamW, betas=(0.9, 0.95), eps=1e-8, fused=True)     # β as in InstructGPT
@@ -252,6 +252,20 @@ def load_model(folder, stage, device="cpu"):
     except (ValueError, LookupError, TypeError, ArithmeticError, RuntimeError):
         raise UserError(f"{path} is damaged. Remove it, then: python {script}") from None
     return model.to(device), Tokenizer.load(path.with_name("tokenizer.json")), facts
+
+def load_sft(config, folder, device):
+    """What steps 2 and 3 start from, as load_model gives it: the run's SFT model, or with --init in a new run
+    GPT-2's published weights, which then are its stage sft. UserError where the run has another model already."""
+    if config.init and not finished(folder, "sft") and not any(folder.glob("base.*")):
+        tokenizer = Tokenizer.published(config.init)
+        model = load_gpt2(config.init, tokenizer.size)
+        say(f"{config.init}, {model.num_params():,} parameters, instead of steps 0 and 1")
+        tokenizer.save(folder / "tokenizer.json")
+        Stage(folder, "sft", config, 0).finish(model, model=vars(model.config))
+    model, tokenizer, facts = load_model(folder, "sft", device)
+    if config.init not in ("", facts["config"].get("init")):
+        raise UserError(f"{folder} has an SFT model that is not {config.init}. Name another --out, or no --init")
+    return model, tokenizer, facts
 
 def respond(model, tokenizer, prompts, max_new_tokens, temperature, seed, cast, batch_size=256, **options):
     """One Answer to each prompt, short ones first: little padding. options: others of model.generate."""

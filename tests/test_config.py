@@ -1,4 +1,5 @@
 """The command line is made from the dataclasses; what cannot work is said in one line, before anything is computed."""
+import json
 from dataclasses import fields
 
 import pytest
@@ -28,6 +29,33 @@ def test_a_preset_changes_defaults_and_yields_to_the_command_line():
             parse(step, [f"{config.flag(k)}={v}" for k, v in changes.items()])      # and all of it is allowed
     found, origin = parse("sft", ["--config", "gpt2", "--n-layer", "3"])
     assert found.n_layer == 3 and origin["n_layer"] == "command line" and found.n_embd == 768
+
+
+def test_a_later_step_goes_on_with_the_runs_preset(tmp_path):
+    """Usual mistake: reward.py --out runs/mine takes the rates of `tiny` for a model of GPT-2's size, and ruins it."""
+    out = ["--out", str(tmp_path)]
+    (tmp_path / "base.json").write_text(json.dumps({"config": {"config": "gpt2"}}))
+    for step in ("sft", "reward", "ppo"):
+        found, origin = parse(step, out)
+        assert (found.config, found.lr, origin["lr"]) == ("gpt2", config.PRESETS["gpt2"][step]["lr"], "preset")
+        assert parse(step, [*out, "--config", "tiny"])[0].lr == parse(step, [])[0].lr       # the user's word weighs more
+    for step in ("sample", "evaluate"):         # they have no presets; evaluate.py --config headline is another command
+        assert parse(step, out)[0].config == "tiny"
+    (tmp_path / "sft.json").write_text(json.dumps({"config": {"config": "small"}}))
+    assert parse("ppo", out)[0].config == "gpt2"        # what began the run
+    (tmp_path / "base.json").unlink()                   # as with reward.py --init: there is no step 0
+    assert parse("ppo", out)[0].config == "small"
+    for damaged in ("", "[]", "{}", '{"config": {"config": "huge"}}', '{"config": 5}'):
+        (tmp_path / "sft.json").write_text(damaged)
+        assert parse("ppo", out)[0].config == "tiny"
+
+
+@pytest.mark.parametrize("step", ["sft", "reward", "ppo"])
+def test_published_weights_bring_their_preset(step):
+    """--init is a model of GPT-2's size. Usual mistake: the learning rates of `tiny`, ten to a hundred times as high."""
+    found, origin = parse(step, ["--init", "gpt2/"])
+    assert found.config == "gpt2" and found.lr == config.PRESETS["gpt2"][step]["lr"] and origin["config"] == "preset"
+    assert parse(step, ["--init", "gpt2/", "--config", "tiny"])[0].lr == parse(step, [])[0].lr
 
 
 @pytest.mark.parametrize("argv", [["--pretrain-steps", "7"], ["--pretrain_steps", "7"], ["--pretrain-steps=7"],
@@ -99,7 +127,6 @@ def test_what_is_unusual_but_works(step, argv, field, value):
     ("ppo", ["--group", "1"], ["--group", "from 2 to 64"]),         # one answer is its own mean
     ("reward", ["--objective", "ppo"], ["reward, dpo"]),
     ("evaluate", ["--best-of", "65"], ["--best-of", "from 1 to 64"]),
-    ("ppo", ["--init", "gpt2"], ["--init"]),                # it starts from the SFT model
     ("ppo", ["--beta=-0.1"], ["--beta", "from 0"]),
     ("sft", ["--fresh="], ["--fresh", "bool"]), ("sft", ["--fresh", ""], ["--fresh", "bool"]),   # an empty variable of a shell script
     ("ppo", ["--ema", "1"], ["--ema"]),                     # 1 would keep the weights of the start
@@ -128,6 +155,9 @@ def test_help_lists_every_flag_with_its_default(step, capsys):
     for field in fields(config.CONFIGS[step]):
         line = next(line for line in shown.splitlines() if line.split()[:1] == [config.flag(field.name)])
         assert line.endswith(f"default {field.default!r}")
+        about = line.split(maxsplit=2)[2].removesuffix(f"default {field.default!r}")
+        assert len(about) > 4, f"{step}: nothing on the page says what {field.name} is"
+        assert field.name != "dtype" or ("no probe" in about) == (step == "sample")      # a step's own word comes last
         unset = field.type is bool or field.default == ""      # and what it lists, it takes
         assert unset or parse(step, [config.flag(field.name), str(field.default)])[1][field.name] == "command line"
 

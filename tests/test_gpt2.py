@@ -4,11 +4,13 @@ import math
 import os
 import pickle
 import shutil
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import subprocess_of
+from conftest import benchmark, subprocess_of
 
 import data
 import training
@@ -373,7 +375,91 @@ def test_own_text_goes_on_from_published_weights(gpt2, run, tmp_path):
     assert all(torch.equal(kept[name][:len(p)], p) for name, p in whole.state_dict().items())
 
 
-@pytest.mark.parametrize("script", ["sft", "sample"])
+def pairs_file(path, n=23):
+    path.write_text("\n".join(json.dumps({"prompt": f"say {i}", "chosen": f"the win {i}", "rejected": "in"}) for i in range(n)))
+    return path
+
+
+REWARD = "--dtype fp32 --threads 2 --epochs 1 --batch-prompts 5".split()
+PPO = ("--dtype fp32 --threads 2 --iterations 1 --episodes 16 --minibatches 2 --max-new-tokens 9 --ptx-coef 0").split()
+
+
+def test_steps_2_and_3_from_published_weights(gpt2, run, tmp_path):
+    """`reward.py --init` and `ppo.py --init` in a new run: no steps 0 and 1, GPT-2 as published is what they start from.
+
+    Ziegler et al. 2019 did so; and a user may have fine-tuned elsewhere. What they need of the run is then in it.
+    """
+    out, pairs, asked = tmp_path / "out", pairs_file(tmp_path / "p.jsonl"), tmp_path / "asked.txt"
+    asked.write_text("\n".join(f"say {i}" for i in range(23)))
+    done = run("reward", *REWARD, "--init", gpt2, "--data", pairs, "--out", out)
+    assert done.code == 0 and "config gpt2" in done.out and "instead of steps 0 and 1" in done.out, done.out
+    whole, (sft, tokenizer, _) = load_gpt2(gpt2), training.load_model(out, "sft")
+    assert torch.equal(sft.wte.weight[:-3], whole.wte.weight) and len(sft.wte.weight) == tokenizer.size
+    assert all(torch.equal(p, q) for p, q in zip(sft.h.parameters(), whole.h.parameters(), strict=True))
+    before = (out / "sft.pt").stat().st_mtime_ns
+    done = run("ppo", *PPO, "--data", asked, "--out", out)                  # its preset is the run's
+    assert done.code == 0 and "config gpt2" in done.out, done.out
+    done = run("ppo", *PPO, "--data", asked, "--init", gpt2, "--fresh", "--out", out)       # the same again does no harm
+    assert done.code == 0 and (out / "sft.pt").stat().st_mtime_ns == before, done.out
+    (tmp_path / "mine.py").write_text("def score(prompts, responses):\n    return [len(r) for r in responses]\n")
+    done = run("ppo", *PPO, "--init", gpt2, "--data", asked, "--reward", f"{tmp_path / 'mine.py'}:score", "--out", tmp_path / "new")
+    assert done.code == 0 and training.finished(tmp_path / "new", "ppo_no_ptx"), done.out
+
+
+def test_init_does_not_replace_a_model_that_is_there(gpt2, tiny_run, run, tmp_path):
+    """Usual mistakes: --init is silently ignored, or the run's own model is lost."""
+    folder, pairs = shutil.copytree(tiny_run.folder, tmp_path / "run"), pairs_file(tmp_path / "p.jsonl")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    done = run("reward", *REWARD, "--init", gpt2, "--data", pairs, "--out", folder)
+    assert done.code == 2 and f"error: {folder} has an SFT model that is not {gpt2}" in done.out, done.out
+    (folder / "sft.json").unlink()              # a base alone: its tokenizer must stay
+    done = run("reward", *REWARD, "--init", gpt2, "--data", pairs, "--out", folder)
+    assert done.code == 2 and "has no finished sft" in done.out and before.items() >= {
+        path.name: path.read_bytes() for path in folder.iterdir()}.items()
+
+
+# ---------------------------------------------------------------- and back, with the tokenizer
+def test_export_is_a_folder_that_init_reads(gpt2, run, tmp_path):
+    """`sample.py --export`: weights, shape, vocabulary. Usual mistakes: the vocabulary is missing, a merge has other parts."""
+    out, mine = tmp_path / "out", tmp_path / "mine"
+    assert run("reward", *REWARD, "--init", gpt2, "--data", pairs_file(tmp_path / "p.jsonl"), "--out", out).code == 0
+    done = run("sample", "--out", out, "--export", mine)
+    assert done.code == 0 and "vocab.json" in done.out.splitlines()[-1], done.out
+    for name in ("vocab.json", "merges.txt"):
+        assert (mine / name).read_text(encoding="utf8") == (gpt2 / name).read_text(encoding="utf8")
+    model, tokenizer, _ = training.load_model(out, "sft")
+    added = json.loads((mine / "added_tokens.json").read_text())
+    assert added == {"<|pad|>": tokenizer.pad, "<|user|>": tokenizer.user, "<|assistant|>": tokenizer.assistant}
+    back = load_gpt2(mine, data.Tokenizer.published(mine).size)
+    assert back.config.n_head == 2 and all(torch.equal(p, q) for p, q in zip(back.parameters(), model.parameters(), strict=True))
+    said = [run("sample", *flags, "--prompt", "the thin", "--stage", stage, "--temperature", 0).out.splitlines()[-1]
+            for flags, stage in ((("--init", mine), "base"), (("--init", gpt2), "base"))]
+    assert said[0] == said[1]
+
+
+@pytest.mark.parametrize("text", ["the win in the thin win theory. ", "été à l'été, naïf 猫猫犬。\n\n"])
+def test_the_vocabulary_of_any_merges(text):
+    """What export writes is what was learnt, whatever the bytes: by tiktoken's own reader of these files."""
+    ranks = data.train_bpe([text * 7], 293)
+    order = [bytes([b]) for b in letters()]                                 # GPT-2 numbers the visible bytes first
+    order += [bytes([b]) for b in range(256) if bytes([b]) not in order] + sorted(ranks, key=ranks.get)[256:]
+    tokenizer = data.Tokenizer({token: i for i, token in enumerate(order)}, data.GPT2_PATTERN)
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in benchmark("export").vocabulary(tokenizer).items():
+            Path(folder, name).write_text(content, encoding="utf8")
+        assert data.Tokenizer.published(folder).ranks == tokenizer.ranks and len(order) > 265
+
+
+def test_a_tokenizer_of_the_runs_own_is_said(tiny_run, run, tmp_path):
+    done = run("sample", "--out", tiny_run.folder, "--stage", "sft", "--export", tmp_path / "mine")
+    assert done.code == 0 and "no vocab.json" in done.out.splitlines()[-1], done.out
+    assert {path.name for path in (tmp_path / "mine").iterdir()} == {"model.safetensors", "config.json"}
+    (tmp_path / "taken").write_text("")
+    done = run("sample", "--out", tiny_run.folder, "--stage", "sft", "--export", tmp_path / "taken")
+    assert done.code == 2 and "taken" in done.out.splitlines()[-1] and "Traceback" not in done.out
+
+
+@pytest.mark.parametrize("script", ["sft", "reward", "ppo", "sample"])
 def test_init_that_is_none_is_one_line(script, run, gpt2, tmp_path):
     """A missing folder, broken weights, a missing or broken vocabulary: one line, exit code 2."""
     more, out = (["--prompt", "hi"] if script == "sample" else ["--dtype", "fp32"]), tmp_path / "out"
