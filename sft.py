@@ -139,7 +139,7 @@ def curriculum(config, step, corpus):
     return corpus["documents"], config.block_size if late else max(config.block_size // 2, 1)
 
 def learn(config, folder, name, model, steps, warmup, rates, batch, check, cast, **facts):
-    """The loop of both steps. batch(step) -> (tokens, real or None, labels); check(step) -> {name: loss}"""
+    """The loop of both steps -> its rows. batch(step): tokens, real or None, labels; check(step): {text: loss}"""
     adamw, muon = both = training.muon_and_adamw(model, *rates, config.weight_decay)
     stage = training.Stage(folder, name, config, steps, model=model, adamw=adamw, muon=muon)
     for step in stage:
@@ -154,6 +154,7 @@ def learn(config, folder, name, model, steps, warmup, rates, batch, check, cast,
             metrics |= {f"val_{text}": loss for text, loss in losses.items()}
         stage.log(sum(int((labels if real is None else real > 0).sum()) for _, real, labels in micro), **metrics)
     stage.finish(model, model=vars(model.config), losses=losses, **facts)
+    return stage.history
 
 def pretrain(config, folder, model, corpus, held_out, cast):
     """Step 0: -log π(token | before), every token of the text a target."""
@@ -163,8 +164,14 @@ def pretrain(config, folder, model, corpus, held_out, cast):
     def check(step):
         _, T = curriculum(config, step, corpus)
         return {name: held_out_loss(model, held_out_windows(x, T), cast) for name, x in held_out.items()}
-    learn(config, folder, "base", model, config.pretrain_steps, config.warmup,
-          (config.pretrain_matrix_lr, config.pretrain_lr), batch, check, cast)
+    rows = learn(config, folder, "base", model, config.pretrain_steps, config.warmup,
+                 (config.pretrain_matrix_lr, config.pretrain_lr), batch, check, cast)
+    for text in held_out:               # a text that is too short for so many steps is learnt by heart
+        key = f"val_{text}"
+        best = min((row for row in rows if key in row), key=lambda row: row[key])
+        if best[key] < rows[-1][key] - 0.02:
+            say(f"  ! the held-out loss was lowest after {best['step']} steps, {text} {best[key]:.3f}; since then "
+                f"it is learnt by heart. Better: more text, or --fresh --pretrain-steps {best['step']}")
 
 def finetune(config, folder, model, tokenizer, train, val, corpus, ask, cast):
     """Step 1: -log π(response token | before); beside them, windows of step 0's text (RECIPE S4)."""

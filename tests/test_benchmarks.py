@@ -237,3 +237,41 @@ def test_a_run_that_is_not_there_is_one_line(name, run, tmp_path):
     assert done.code in (1, 2) or isinstance(done.code, str), done.code
     said = done.code if isinstance(done.code, str) else done.out.strip().splitlines()[-1]
     assert "none" in said and "Traceback" not in done.out, done.out
+
+
+# ---------------------------------------------------------------- how many rankings it takes
+rankings = benchmark("rankings")
+
+
+def test_rankings_are_learnt_or_measured_never_both():
+    """A prompt with several records is on one side; what is few is part of what is more."""
+    records = [(f"q{i % 53}", "", [], ["a", f"b{i}"], [0, 1]) for i in range(97)]
+    held_out, sets = rankings.split(records, 7, (5, 11), 3)
+    asked = {record[0] for record in held_out}
+    assert len(held_out) >= 7 and [*map(len, sets.values())] == [5, 11] and sets[5] == sets[11][:5]
+    assert not asked & {record[0] for record in sets[11]}
+    assert rankings.split(records, 7, (5, 11), 4) != (held_out, sets) == rankings.split(records, 7, (5, 11), 3)
+
+
+def test_a_reward_model_for_each_number_and_seed(tmp_path, monkeypatch, capsys):
+    """It learns the one file and is measured on the other, beside a copy of the run's SFT model; the run stays as it is."""
+    for name in ("sft.pt", "sft.json", "tokenizer.json", "reward.pt"):
+        (tmp_path / name).write_text("")
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps({"prompt": f"q{i}", "chosen": "yes", "rejected": "no"}) + "\n" for i in range(47)))
+    before, ran = sorted(tmp_path.iterdir()), []
+
+    def pretend(*words):
+        of = dict(zip(words[1::2], words[2::2]))
+        learn, measure = ([json.loads(line) for line in Path(of[name]).read_text().splitlines()] for name in ("--data", "--data-eval"))
+        assert len(measure) == 13 and learn[0]["responses"] == ["yes", "no"] and learn[0]["ranks"] == [0, 1]
+        folder = Path(of["--out"])
+        assert {path.name for path in folder.iterdir()} == {"sft.pt", "sft.json", "tokenizer.json", "learn.jsonl", "measure.jsonl"}
+        ran.append((of["--seed"], len(learn), of["--epochs"]))
+        (folder / "reward.json").write_text(json.dumps({"measured": {"accuracy": 0.5 + len(learn) / 100 + of["--seed"] / 50}}))
+    monkeypatch.setattr(rankings.commands, "python", pretend)
+    monkeypatch.setattr("sys.argv", ["rankings.py", str(tmp_path), str(file), "--counts", "5", "11", "--held-out", "13", "--seeds", "2",
+                                     "--epochs", "10"])
+    rankings.main()
+    assert ran == [(1, 5, "10"), (1, 11, "10"), (2, 5, "10"), (2, 11, "10")] and sorted(tmp_path.iterdir()) == before
+    assert "| --epochs 10 | 58 (57–59) | 64 (63–65) |" in capsys.readouterr().out

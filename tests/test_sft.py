@@ -354,6 +354,17 @@ def test_own_text(tmp_path, run):
     assert done.code == 2 and "book.txt" in done.out.splitlines()[-1] and "--block-size 256" in done.out
 
 
+@pytest.mark.parametrize("losses, said", [((3.0, 2.0, 2.5), True), ((3.0, 2.0, 2.015), False), ((3.0, 2.0, 1.9), False)])
+def test_a_text_that_is_learnt_by_heart_is_said(losses, said, tmp_path, run, monkeypatch):
+    """4,000 steps read 1 MB of text twenty times, and end above the held-out loss of the middle: a line names the remedy."""
+    (book := tmp_path / "book.txt").write_text("\n".join(f"On day {i} the ship number {i * 7} sailed." for i in range(400)))
+    found = iter(losses)
+    monkeypatch.setattr(sft, "held_out_loss", lambda *args: next(found))
+    done = run("sft", *TINY, "--eval-every", 4, "--block-size", 64, "--data", book, "--out", tmp_path / "run")
+    assert done.code == 0 and ("lowest after 8 steps, text 2.000;" in done.out) == said, done.out
+    assert ("--fresh --pretrain-steps 8" in done.out) == said
+
+
 def test_own_demonstrations(tiny_run, tmp_path, run):
     """--data mine.json: fine-tunes the run's base on them; every twentieth is held out; what is too long is counted."""
     own = [{"instruction": f"Count to {i}", "output": " ".join(map(str, range(1, i % 9 + 2)))} for i in range(60)]
