@@ -194,7 +194,8 @@ def update(policy, value, minibatch, old, advantages, returns, old_values, mask,
 
 def pretraining_gradient(policy, corpus, config, seed, cast):
     """Adds γ ∇ E_pretrain[-log π] to the gradient that is there -> the loss     end of InstructGPT Eq. 2"""
-    text = data.windows(corpus, config.ptx_window, config.ptx_tokens // config.ptx_window, seed)
+    T = min(config.ptx_window, policy.config.block_size)
+    text = data.windows(corpus, T, config.ptx_tokens // T, seed)
     return accumulate(policy, [plain_text(text)], cast, config.ptx_coef)
 
 def summarise(steps, old, ref, values, returns, rewards, mask):
@@ -276,12 +277,11 @@ def learners(config, reference, reward_model, device):
 
 def main():
     started, config, folder, device, cast = training.begin("ppo", __doc__)
-    reference, tokenizer, _ = training.load_sft(config, folder, device)
+    reference, tokenizer, facts = training.load_sft(config, folder, device)
     reward, reward_model = make_reward(config, folder, reference, tokenizer, cast, device)
-    corpora = sorted(folder.glob("corpus-*.bin"), key=lambda path: path.stat().st_mtime)
-    if config.ptx_coef and not corpora:
-        raise UserError(f"{folder} has no corpus-*.bin, step 0's text: run sft.py, or use --ptx-coef 0")
-    corpus = np.memmap(corpora[-1], tokenizer.dtype, "r") if config.ptx_coef else None
+    if config.ptx_coef and not (text := folder / facts.get("corpus", "no corpus")).is_file():
+        raise UserError(f"{folder} lacks the text that sft.py mixed in: run it again, or use --ptx-coef 0")
+    corpus = np.memmap(text, tokenizer.dtype, "r") if config.ptx_coef else None
     parts = learners(config, reference, reward_model, device)
     policy, ema, value = parts["policy"], parts["ema"], parts.get("value")
     adams = [parts[name] for name in ("adam", "value_adam") if name in parts]

@@ -16,6 +16,7 @@ Where this deviates from InstructGPT (Ouyang et al. 2022):
 Axes: B batch, T tokens, V vocabulary."""
 import dataclasses, time
 from itertools import chain, islice, repeat
+from pathlib import Path
 from config import UserError     # before torch: see there
 import numpy as np
 import torch
@@ -78,8 +79,11 @@ def make_tokenizer(config, folder, own):
     tokenizer.save(path)
     return tokenizer
 
-def make_corpus(config, folder, tokenizer, own):
-    """Step 0's text as arrays of ids -> ({name: train}, {name: held out}). Step 3 reads the file too."""
+def make_corpus(config, folder, tokenizer, own, read=""):
+    """Step 0's text as arrays of ids -> ({name: train}, {name: held out}). read: the file that the base has read,
+    if one is there: then it is that, and nothing is held out. Steps 1 and 3 mix it in."""
+    if read and (folder / read).exists():
+        return {"documents": np.memmap(folder / read, tokenizer.dtype, "r")}, {}
     key = (config.data_eval, *map(training.seed_of, data.read_text(own))) if isinstance(own, str) else (
         config.seed, config.pretrain_docs)
     path = folder / f"corpus-{training.seed_of(*key, tokenizer.ranks):08x}.bin"
@@ -102,6 +106,10 @@ def make_corpus(config, folder, tokenizer, own):
     corpus = {"documents": np.memmap(path, tokenizer.dtype, "r"),
               "recitals": data.pack(tokenizer, list(islice(world.recitals(config.seed), 8000)))}
     return corpus, held_out_text(tokenizer, config.seed)
+
+def file_of(corpus):
+    """The name of the file that holds step 0's text: <stage>.json keeps it for the later steps."""
+    return Path(corpus["documents"].filename).name
 
 def held_out_text(tokenizer, seed):
     """What step 0 is measured on -> {"documents" and "prose": ids}."""
@@ -165,7 +173,7 @@ def pretrain(config, folder, model, corpus, held_out, cast):
         _, T = curriculum(config, step, corpus)
         return {name: held_out_loss(model, held_out_windows(x, T), cast) for name, x in held_out.items()}
     rows = learn(config, folder, "base", model, config.pretrain_steps, config.warmup,
-                 (config.pretrain_matrix_lr, config.pretrain_lr), batch, check, cast)
+                 (config.pretrain_matrix_lr, config.pretrain_lr), batch, check, cast, corpus=file_of(corpus))
     for text in held_out:               # a text that is too short for so many steps is learnt by heart
         key = f"val_{text}"
         best = min((row for row in rows if key in row), key=lambda row: row[key])
@@ -194,19 +202,21 @@ def finetune(config, folder, model, tokenizer, train, val, corpus, ask, cast):
             say("      -> " + answer.text.replace("\n", "\n         "))
         return {"demonstrations": held_out_loss(model, checks, cast)}
     learn(config, folder, "sft", model, steps, min(config.warmup, steps // 10),
-          (config.matrix_lr, config.lr), batch, check, cast, parent="base")
+          (config.matrix_lr, config.lr), batch, check, cast, parent="base", corpus=file_of(corpus))
 
 def main():
     started, config, folder, device, cast = training.begin("sft", __doc__)
     own = None if not config.data else config.data if data.kind_of(config.data) == "text" else (
         data.hold_out(*map(data.read_demonstrations, config.files)))
     tokenizer = make_tokenizer(config, folder, own)
-    kept = training.finished(folder, "base") and not config.fresh
-    model = (training.load_model(folder, "base")[0] if kept else
-             load_gpt2(config.init, tokenizer.size) if config.init else
-             training.build(config, tokenizer.size)).to(device)
+    kept, facts = training.finished(folder, "base") and not config.fresh, {}
+    if kept:
+        model, _, facts = training.load_model(folder, "base")
+    else:
+        model = load_gpt2(config.init, tokenizer.size) if config.init else training.build(config, tokenizer.size)
+    model = model.to(device)
     config = dataclasses.replace(config, block_size=min(config.block_size, model.config.block_size))
-    corpus, held_out = make_corpus(config, folder, tokenizer, own)
+    corpus, held_out = make_corpus(config, folder, tokenizer, own, facts.get("corpus"))
     if kept:
         say(f"step 0: {folder / 'base.pt'} is there and is kept (--fresh makes it anew)")
     elif config.init and not isinstance(own, str):

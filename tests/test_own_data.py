@@ -175,6 +175,33 @@ def test_own_text_is_measured_on_the_file(run, tmp_path):
     assert tokenizer.decode(ids) == book.read_text()            # all of it, and nothing else
 
 
+def test_later_steps_mix_in_the_text_that_the_base_has_read(run, tmp_path, monkeypatch):
+    """Own text, own demonstrations, PPO: the pretraining gradient is the user's own text's, in a context of 32 tokens, too.
+
+    Usual mistakes: the built-in text is made, and mixed in, for a base that never saw it; the newest file is taken.
+    """
+    book, mine, seen = tmp_path / "book.txt", tmp_path / "mine.jsonl", []
+    book.write_text("\n".join(f"It was on day {i} that the ship number {i * 7} sailed." for i in range(400)))
+    write(mine, [{"prompt": f"Say {i}", "completion": f"It was {i}"} for i in range(23)])
+    out = tmp_path / "run"
+    assert run("sft", *TINY, "--block-size", 32, "--data", book, "--out", out).code == 0
+    (text,) = out.glob("corpus-*.bin")
+    shutil.copy(text, out / "corpus-newer.bin")
+    original = data.windows
+    monkeypatch.setattr(data, "windows", lambda ids, *rest: seen.append(ids) or original(ids, *rest))
+    monkeypatch.setattr(sft.world, "documents", lambda *args: pytest.fail("the built-in text was made"))
+    done = run("sft", *TINY, "--steps", 3, "--data", mine, "--out", out)
+    assert done.code == 0 and len(seen) == 3, done.out
+    (tmp_path / "score.py").write_text("def score(prompts, responses):\n    return [len(r) for r in responses]\n")
+    done = run("ppo", *PPO, "--ptx-window", 128, "--ptx-tokens", 256, "--reward", f"{tmp_path / 'score.py'}:score", "--data", mine,
+               "--out", out)
+    assert done.code == 0 and len(seen) > 3, done.out
+    assert {(ids.filename, len(ids)) for ids in seen} == {(text, text.stat().st_size // seen[0].itemsize)}
+    text.unlink()
+    done = run("ppo", *PPO, "--reward", f"{tmp_path / 'score.py'}:score", "--data", mine, "--out", out, "--fresh")
+    assert done.code == 2 and "lacks the text that sft.py mixed in" in done.out.splitlines()[-1]
+
+
 def test_a_broken_file_is_said_before_anything_is_computed(run, tmp_path):
     mine = write(tmp_path / "mine.jsonl", [{"prompt": "a", "completion": "b"}])
     done = run("sft", *TINY, "--data", mine, "--data-eval", write(tmp_path / "bad.jsonl", [{"prompt": "a"}]),
