@@ -33,9 +33,8 @@ def attention(q, k, v, mask=None, *, causal=False, flash=False):
     return out if mask is None else out.masked_fill(empty, 0)
 
 def causal_mask(Tq, Tk, real=None, segments=None, device=None):
-    """True where the key is not later than the query, the last of both being one token -> (Tq,Tk).
-    real (B,Tk), True at real tokens: and is no pad; segments (B,T), a number per packed document: and stands in
-    the query's own -> (B,1,Tq,Tk)."""
+    """True where the key is not later than the query, the last of both being one token -> (Tq,Tk). With real
+    (B,Tk): and is no pad; with segments (B,T), a number per packed document: and is in its own -> (B,1,Tq,Tk)."""
     mask = torch.ones(Tq, Tk, dtype=torch.bool, device=device).tril(Tk - Tq)
     if real is not None:
         mask = mask & real.bool()[:, None, None, :]

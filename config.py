@@ -149,10 +149,10 @@ PRESETS = {"tiny": {},          # preset -> step -> what it changes; tiny: minut
 OWN_DATA = {"reward": dict(epochs=3, batch_prompts=8, likelihood=0.03, lr=1e-3, matrix_lr=2e-3, dpo_rate=0.05)}
 CONFIGS = dict(sft=SFTConfig, reward=RewardConfig, ppo=PPOConfig, sample=SampleConfig, evaluate=EvaluateConfig)
 ALLOWED = {     # field -> its words, or its least and greatest value; of other numbers by their type
-    "config": tuple(PRESETS), "tokenizer": ("bpe", "gpt2"), "advantage": ("gae", "group"), "best_of": (1, 64),
-    "unfinished_score": (-1e6, 1e6), "flash": ("auto", "yes", "no"), "objective": ("reward", "dpo"),
-    "group": (2, 64), "min_k": (2, 9), "max_k": (2, 9), "top_p": (1e-6, 1), int: (1, math.inf), float: (0, 1e6),
-    **dict.fromkeys("ptx_share ema".split(), (0, 0.999_999)), "dtype": ("auto", "fp32", "bf16"),
+    "config": (*PRESETS,), "tokenizer": ("bpe", "gpt2"), "advantage": ("gae", "group"), "best_of": (1, 64),
+    "flash": ("auto", "yes", "no"), "objective": ("reward", "dpo"), "dtype": ("auto", "fp32", "bf16"),
+    "unfinished_score": (-1e6, 1e6), "top_p": (1e-6, 1), "ptx_share": (0, 0.999_999), "ema": (0, 0.999_999),
+    "group": (2, 64), "min_k": (2, 9), "max_k": (2, 9), int: (1, math.inf), float: (0, 1e6),
     **dict.fromkeys("threads steps seed warmup recital_steps top_k lora_rank".split(), (0, math.inf))}
 NOT_ABOVE = {"min_k": "max_k", "minibatches": "episodes", "group": "episodes", "ptx_window": "ptx_tokens"}
 YES_NO = {"yes": True, "true": True, "1": True, "no": False, "false": False, "0": False}
@@ -166,12 +166,11 @@ def flag(name):
     return "--" + name.rstrip("_").replace("_", "-")
 
 def preset_of(folder):
-    """The preset that the run in this folder was begun with, for its later steps; "" where there is no run."""
+    """The preset that the run in this folder was begun with, for its later steps; None where there is no run."""
     for stage in ("base", "sft") if folder else ():
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):      # not there, or damaged
             name = json.loads(Path(folder, f"{stage}.json").read_text(encoding="utf8"))["config"]["config"]
             return name if name in PRESETS else ""
-    return ""
 
 def parse(step, argv=None, description=""):
     """A step's command line -> (config, {field: where its value comes from}). UserError if it cannot work."""
@@ -189,7 +188,8 @@ def parse(step, argv=None, description=""):
         name, equals, value = words.pop(0).partition("=")
         field = flags.get(name.replace("_", "-"))       # --pretrain_steps will do
         if field is None:
-            raise UserError(f"unknown argument {name}.{nearest(name, flags)} See python {step}.py --help")
+            files = "" if name.startswith("-") else " Several files: one word with commas, or a glob in quotes."
+            raise UserError(f"unknown argument {name}.{files or nearest(name, flags)} See python {step}.py --help")
         alone = not equals and (not words or words[0].startswith("--") and " " not in words[0])  # a flag next
         if alone and field.type is not bool:
             raise UserError(f"{name} needs a value")

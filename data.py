@@ -16,6 +16,7 @@ BENCHMARKS = Path(__file__).parent / "benchmarks"       # measurements, and the 
 PATTERN = r" ?[A-Za-zÀ-ɏ]+|[^\W\d_A-Za-zÀ-ɏ]+|\d| ?[^\s\w]+|_+|\s+(?!\S)|\s+"
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 PART = 1 << 22      # bytes of a text that are in memory at once, and of its ids
+JSON = ".json", ".jsonl", ".ndjson"
 SPECIALS = ("<|endoftext|>", "<|pad|>", "<|user|>", "<|assistant|>")
 
 def train_bpe(texts, size):
@@ -80,9 +81,8 @@ class Tokenizer:
         try:
             return cls(tiktoken.get_encoding("gpt2")._mergeable_ranks, GPT2_PATTERN)
         except Exception as error:                  # requests' errors, and tiktoken's own
-            raise UserError(f"cannot download GPT-2's tokenizer ({type(error).__name__}). With a network run "
-                            "TIKTOKEN_CACHE_DIR=x python -c \"import tiktoken as t; t.get_encoding('gpt2')\""
-                            ", copy x here, set TIKTOKEN_CACHE_DIR to it. Or use --tokenizer bpe") from None
+            raise UserError(f"cannot download GPT-2's tokenizer ({type(error).__name__}). Fill TIKTOKEN_CACHE_DIR "
+                            "by tiktoken.get_encoding('gpt2') elsewhere, or use --tokenizer bpe") from None
 
     @classmethod
     def published(cls, path):
@@ -111,7 +111,7 @@ def encode_example(tokenizer, instruction, input, output, history=()):
 def _read(names):
     """Files ("a.jsonl,b*.gz") -> (path, line, text), parts of about PART bytes that begin with this line and end
     with one; an array comes whole. UserError where a file is missing, a folder, empty, or not UTF-8."""
-    for path in (path for name in str(names).split(",") for path in sorted(glob.glob(name)) or [name]):
+    for path in (path for name in re.split(r"\s*,\s*", str(names)) for path in sorted(glob.glob(name)) or [name]):
         line, empty = 1, True
         try:
             with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
@@ -123,11 +123,19 @@ def _read(names):
                     line, empty = line + text.count("\n"), empty and not text.strip()
         except UnicodeDecodeError as error:
             line += error.object[:error.start].count(b"\n")
-            raise UserError(f"{path}, line {line}: not UTF-8. To convert it: iconv -f latin1 -t utf8") from None
+            raise UserError(f"{path}, line {line}: not UTF-8. To convert it: iconv -f ENCODING -t utf8, with its "
+                            "encoding: gb18030 (Chinese), utf-16 (Windows), latin1 (western Europe)") from None
         except (OSError, EOFError, zlib.error) as error:
             raise UserError(f"cannot read {path}: {getattr(error, 'strerror', 0) or error}") from None
         if empty:
             raise UserError(f"{path} is empty. Needed: plain text, or examples as .json or .jsonl")
+
+def checksum(files):
+    """Of what these files hold: it stays where they are moved, and does not where a record is added."""
+    found = 0
+    for _, _, text in (part for names in files for part in _read(names)):
+        found = zlib.crc32(text.encode(), found)
+    return found
 
 def kind_of(names):
     """What the first record is, by its keys: "text", "comparisons", "demonstrations" or "prompts"."""
@@ -139,7 +147,10 @@ def kind_of(names):
 def _parse(path, line, text, plain=""):
     """An array, or a part of JSONL -> (where it stands, the object in our own keys) for each. Of a file named
     otherwise, with plain="text" all is one object, with plain="prompt" each line."""
-    if plain and Path(path.removesuffix(".gz")).suffix.lower() not in (".json", ".jsonl"):
+    kind = Path(path.removesuffix(".gz")).suffix.lower()
+    if kind in (".csv", ".tsv", ".parquet", ".xlsx") or plain and kind not in JSON and text.startswith('{"'):
+        raise UserError(f"{path}: needed: plain text, or examples as JSON in a file named .json or .jsonl")
+    if plain and kind not in JSON:
         parts = [text] if plain == "text" else map(str.strip, text.split("\n"))
         yield from ((path, {plain: part}) for part in parts if part.strip())
         return
@@ -188,7 +199,7 @@ def _dialogue(where, said):
 def _own_keys(where, record):
     """A record as others write it -> with our keys: instruction, history, output; responses and ranks."""
     for key in ("messages", "conversations", "prompt"):
-        if isinstance(record.get(key), list):
+        if isinstance(record.get(key), list) or str(record.get(key)).startswith("\n\nHuman:"):
             record = record | _dialogue(where, record[key])
     pair = [record.get("chosen"), record.get("rejected")]
     if pair == [None, None]:
@@ -259,9 +270,10 @@ def read_comparisons(names):
 
 def hold_out(mine, others=()):
     """Records -> (to learn from, to measure on: the others, or without any those of every twentieth prompt)."""
-    test = {*[*dict.fromkeys(record[:2] for record in mine)][::20]}     # a prompt may stand in several
-    kept = [record for record in mine if record[:2] not in test] or mine
-    return (mine, others) if others else (kept, [record for record in mine if record[:2] in test])
+    asked = [(*r[:2], str([part for part in r[2:4] if isinstance(part, list)][:1])) for r in mine]  # and history
+    test = {*[*dict.fromkeys(asked)][::20]}                             # a prompt may stand in several
+    kept = [record for record, question in zip(mine, asked) if question not in test] or mine
+    return (mine, others) if others else (kept, [r for r, question in zip(mine, asked) if question in test])
 
 def pack(tokenizer, texts):
     """Many texts -> one array of ids, each text ended by <|endoftext|>. Without lists: 3 times as fast."""

@@ -2,7 +2,7 @@
 
     python evaluate.py --config tiny                  the stages that the run has, and best-of-4 of SFT
     python evaluate.py --config tiny --best-of 64     and best-of-16 and best-of-64
-    python evaluate.py --config tiny --full           and the experiments of benchmarks/ on one run: FULL
+    python evaluate.py --config tiny --full           and the experiments of benchmarks/ on one run
     python evaluate.py --config tiny --seeds 3        the recipe three times, mean and range
     python evaluate.py --config headline              an aligned model against one a hundred times its size
 
@@ -18,9 +18,6 @@ from training import say
 
 SETS = {"test_phrasing": "_unseen_phrasing", "test_combination": "_unseen_combination", "test": ""}
 SHOTS = {"base": 0, "base_few_shot": 3}     # the examples that a base is shown; other stages are asked in turns
-FULL = {"over_optimisation": ("gold_proxy", 3), "instructions": ("attempted", 1), "tax": ("few_shot_tasks", 1),
-        "folds": ("labeler_folds", 8), "sweep ppo.py --ptx-coef 0": ("sweep_ptx_coef", 5),
-        "sweep sft.py --epochs 1 2 4 8 16": ("sweep_epochs", 15), "report": ("", 1)}    # its key, and minutes
 
 def estimate(values):
     """The mean of n numbers with its 95 % interval: Wilson's for a proportion, the normal one otherwise."""
@@ -121,7 +118,6 @@ def measure(config, folder, stages, device, cast):
                 report[f"win_rate{greedy}"][f"{a}_vs_{b}"] = by_group(test, win_rate(of[a], of[b]))
     return report
 
-# ------------------------------------------------------------------------ what is printed
 def cell(value, scale=100.0, digits=1, interval=True):
     """An estimate or a number as text: "74.9 (73.1–76.7)"."""
     e = value if isinstance(value, dict) else {"mean": value}
@@ -145,7 +141,7 @@ def tables(report):
            {row: [rows.get(row, "") for rows in shown.values()] for row in report["gold"]})
     if measured := report.get("reward_model"):
         wanted = "accuracy_gold right_against_wrong style accuracy_labelers ceiling agreement".split()
-        every = {k: measured[k] for k in wanted} | measured["categories"]
+        every = {k: measured[k] for k in ("accuracy", *wanted) if k in measured} | measured.get("categories", {})
         yield "reward model, held-out prompts", ["%"], {k: [cell(e)] for k, e in every.items() if e is not None}
 
 def markdown(title, columns, rows):
@@ -174,10 +170,8 @@ def main():
     training.save_atomically(report, path)
     for table in tables(report):
         say("\n" + markdown(*table))
-    left = {name: minutes for name, (key, minutes) in FULL.items() if config.full and key not in kept}
-    for i, (name, minutes) in enumerate(left.items()):
-        say(f"\n{name}: about {minutes} minutes, {sum([*left.values()][i:])} with what follows")
-        benchmark(name, folder)
+    if config.full:
+        benchmark("full", folder)
     say(f"\n95 % intervals; all numbers: {folder / 'evaluation.json'}; drawn by: python benchmarks/report.py")
 
 if __name__ == "__main__":

@@ -118,12 +118,14 @@ def minibatches(lengths, n, micro, seed):
 
 def make_reward(config, folder, policy, tokenizer, cast, device):
     """--reward -> a function (tasks, answers) -> scores; and step 2's model if it is that, or None."""
-    if config.reward == "execution":
+    if config.reward == "execution" and not config.data:
         return lambda tasks, answers: [float(v.right) for v in world.judge_many(tasks, answers)], None
     if ":" in config.reward:
         return own_reward(config.reward), None
+    if config.reward != "model":
+        raise UserError(f"--reward {config.reward}: needed: model, FILE.py:FUNCTION or, without --data, execution")
     if not training.finished(folder, "reward"):
-        raise UserError(f"{folder} has no reward model. Make it first: python reward.py --out {folder}")
+        raise UserError(f"{folder} has no reward model that fits its SFT model: python reward.py --out {folder}")
     model, size = RewardModel(policy).to(device), policy.config.block_size
     model.load_state_dict(training.load(folder / "reward.pt", device))
     def score(tasks, answers):
@@ -136,13 +138,13 @@ def own_reward(name):
     path, _, function = name.rpartition(":")
     try:
         score = runpy.run_path(path)[function]
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         raise UserError(f"--reward {name}: {type(e).__name__}: {e}. Give FILE.py:FUNCTION") from None
     def checked(tasks, answers):
         prompts = [task.prompt for task in tasks]
         try:
             scores = [float(value) for value in score(prompts, list(answers))]
-        except Exception as e:
+        except (Exception, SystemExit) as e:
             raise UserError(f"{name}: {type(e).__name__}: {e}; prompts: {prompts[0]!r:.80}") from None
         strange = [f"{v} for {p!r:.80}" for p, v in zip(prompts, scores) if not math.isfinite(v)]
         if strange or len(scores) != len(prompts):
@@ -229,12 +231,13 @@ def held_out(policy, reference, tokenizer, tasks, reward, config, cast):
                   for name, key in (("gold", "score"), ("right", "right"))}
     return found
 
-def prompts_of(config):
-    """The tasks to answer, and those to measure on: the built-in world's, or your own file's prompts."""
+def prompts_of(config, tokenizer, size):
+    """The tasks to answer, and those to measure on: the built-in world's, or your own file's prompts that fit."""
     if not config.data:
         return (world.tasks(config.prompts, "train", config.seed + 2000, world.PRACTICE),
                 world.tasks(config.eval_prompts, "val", config.seed))
-    pool, test = data.hold_out(*map(data.read_prompts, config.files))
+    asked = [training.that_fit(tokenizer, data.read_prompts(name), size) for name in config.files]
+    pool, test = data.hold_out(*asked)
     return [[world.Task("", *asked, "", (), history=tuple(past)) for *asked, past in side]
             for side in (pool, test[:config.eval_prompts])]
 
@@ -246,10 +249,10 @@ def health(row, past):
         (row["kl"] < -0.1, "KL {kl:.2f} is negative: sample at temperature 1, without top-k and top-p"),
         (row["ratio_first"] > 0.01, "the first ratio is off 1 by {ratio_first:.3f}. Is dropout on?"),
         (row["entropy"] < 0.2 * first["entropy"], "entropy has collapsed to {entropy:.2f}. Raise --beta"),
-        (row["eos_rate"] < first["eos_rate"] - 0.05, "only {eos_rate:.0%} of the answers end: raise "
-         "--max-new-tokens, lower --unfinished-score"),
-        (not 0.6 <= row["length"] / first["length"] <= 1.6, "answers have {length:.0f} tokens now: does "
-         "the reward pay for length? See length_correlation in reward.json, raise --beta"),
+        (row["eos_rate"] < first["eos_rate"] - 0.05,
+         "only {eos_rate:.0%} of the answers end: raise --max-new-tokens, lower --unfinished-score"),
+        (not 0.6 <= row["length"] / first["length"] <= 1.6, "answers have {length:.0f} tokens now: does the "
+         "reward pay for length? See length_correlation in reward.json, raise --beta"),
         (len(past) >= 5 and max(r["explained_variance"] for r in [*past[-2:], row]) < 0, "explained variance "
          "{explained_variance:.2f}, again: the value model is worse than a constant. Raise --value-lr"),
         ("gold" in row and row["gold"] < best.get("gold", 0) - 0.03 and row["proxy"] > best["proxy"],
@@ -266,8 +269,8 @@ def learners(config, reference, reward_model, device):
     rank = config.lora_rank     # with adapters the policy, its EMA and the reference share the frozen weights
     policy = add_lora(twin(reference.requires_grad_(not rank)), rank)
     gain = policy.ln_f.weight = torch.nn.Parameter(policy.ln_f.weight.detach().clone())     # see deviation 4
-    groups = [{"params": [p for p in policy.parameters() if p is not gain]},
-              {"params": [gain], "lr": config.gain_lr}]
+    others = [p for p in policy.parameters() if p is not gain]
+    groups = [{"params": others}, {"params": [gain], "lr": config.gain_lr}]
     parts = {"policy": policy, "ema": twin(policy), "adam": training.adamw(groups, config.lr, weight_decay=0.0)}
     if config.advantage == "gae":
         parts["value"] = value = copy.deepcopy(reward_model or RewardModel(reference)).to(device)
@@ -280,7 +283,7 @@ def main():
     reference, tokenizer, facts = training.load_sft(config, folder, device)
     reward, reward_model = make_reward(config, folder, reference, tokenizer, cast, device)
     if config.ptx_coef and not (text := folder / facts.get("corpus", "no corpus")).is_file():
-        raise UserError(f"{folder} lacks the text that sft.py mixed in: run it again, or use --ptx-coef 0")
+        raise UserError(f"{folder} has no text of sft.py's to mix in: leave it out with --ptx-coef 0")
     corpus = np.memmap(text, tokenizer.dtype, "r") if config.ptx_coef else None
     parts = learners(config, reference, reward_model, device)
     policy, ema, value = parts["policy"], parts["ema"], parts.get("value")
@@ -288,7 +291,7 @@ def main():
     name = "grpo" if value is None else "ppo" if config.ptx_coef else "ppo_no_ptx"
     group = config.group if value is None else 1
     stage = training.Stage(folder, name, config, config.iterations, **parts)
-    pool, test = prompts_of(config)
+    pool, test = prompts_of(config, tokenizer, reference.config.block_size)
     say(f"step 3: {stage.steps} iterations of {config.episodes} answers, stage {name}")
 
     for iteration in stage:
@@ -325,9 +328,9 @@ def main():
         clock.append(time.perf_counter())
         rollout_s, scoring_s, update_s = np.diff(clock).tolist()
         row = summarise(steps, old, ref, values, returns, rewards, mask) | {
-            "score": score.mean().item(), "entropy": entropy, "lr": lr,
-            "eos_rate": sum(answer.ended for answer in answers) / len(answers), "rollout_s": rollout_s,
-            "scoring_s": scoring_s, "update_s": update_s - ptx_seconds, "ptx_s": ptx_seconds}
+            "score": score.mean().item(), "eos_rate": sum(a.ended for a in answers) / len(answers), "lr": lr,
+            "entropy": entropy, "rollout_s": rollout_s, "scoring_s": scoring_s, "ptx_s": ptx_seconds,
+            "update_s": update_s - ptx_seconds}
         if (iteration + 1) % config.eval_every == 0 or iteration + 1 == stage.steps:
             row |= held_out(ema, reference, tokenizer, test, reward, config, cast)
             say(f"  {name} {iteration + 1}: held-out " + ", ".join(
@@ -335,7 +338,7 @@ def main():
         for warning in health(row, stage.history):
             say(f"  ! {name} {iteration + 1}: {warning}")
         stage.log(tokens=int(mask.sum()), shown=SHOWN, **row)
-    stage.finish(ema, model=vars(policy.config), parent="sft", last=row)
+    stage.finish(ema, model=vars(policy.config), last=row)
     say(f"done in {training.clock(time.perf_counter() - started)}. Next:" + "".join(f"\n  python {command} --out "
         f"{folder}" for command in ("sample.py --compare", "evaluate.py")[:1 if config.data else 2]))
 

@@ -91,7 +91,7 @@ def ranking_loss(scores, ranks):
 
 def accuracy(scores, pairs):
     """The share of pairs (N,K,K) that scores (N,K) order so; equal scores count ½. None of none."""
-    hit = (margins(scores)[pairs].sign().double() + 1) / 2
+    hit = (margins(scores)[pairs].sign().cpu().double() + 1) / 2       # cpu: Apple's GPUs have no float64
     return hit.mean().item() if len(hit) else None
 
 def reliability(scores, pairs, bins=5):
@@ -231,8 +231,9 @@ def main():
     add_lora(model.policy if dpo else model.trunk, config.lora_rank)
     if config.data:
         found, skipped = zip(*map(data.read_comparisons, config.files))
-        say(f"step 2: {len(found[0]):,} comparisons in {config.data}; skipped: {skipped[0] or 'none'}")
-        comparisons, held_out = data.hold_out(*found)
+        left_out = ", ".join(f"{n} {why}" for why, n in skipped[0].items()) or "none"
+        say(f"step 2: {len(found[0]):,} comparisons in {config.data}; skipped: {left_out}")
+        comparisons, held_out = data.hold_out(*(training.that_fit(tokenizer, side, size) for side in found))
         held_out = encode_groups(tokenizer, held_out, size)
     else:
         say(f"step 2: labelers rank answers of {config.from_} to {config.prompts:,} prompts")
@@ -258,7 +259,7 @@ def main():
         part.data /= max(1.0, found["spread"])
     if not dpo:     # the scores' zero is arbitrary: put it where demonstrations are (InstructGPT 3.5)
         model.shift -= score_many(model, zero, tokenizer.pad, cast).sum().to(device) / sum(map(len, zero))
-    stage.finish(model.policy if dpo else model, model=vars(sft.config), parent="sft", measured=found)
+    stage.finish(model.policy if dpo else model, model=vars(sft.config), measured=found)
     then = "sample.py --compare" if dpo else "ppo.py" + " --data PROMPTS" * bool(config.data)
     say(f"done in {training.clock(time.perf_counter() - started)}. Next: python {then} --out {folder}")
 

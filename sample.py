@@ -2,9 +2,8 @@
 
     python sample.py --prompt "Who likes tea?" --input "Anna likes tea. Ben lives in Oslo." --num-samples 5
     python sample.py --prompt "请生成一个函数，用于计算两个矩阵的乘积" --execute
-    python sample.py --out runs/mine --export gpt2-mine/                 as GPT-2 is published
     python sample.py --rank mine.jsonl --prompts asked.jsonl --num-samples 4 --temperature 1"""
-import codecs, contextlib, runpy, sys
+import runpy, sys
 from config import UserError, parse     # before torch: see there
 import data, sandbox, training, world
 from model import load_gpt2
@@ -37,31 +36,9 @@ def execute(answer, stdin):
     if result.error and result.error.startswith("EOFError"):
         say("--- it wants input: pipe it in, one line each, as in  seq 100 | python sample.py ... --execute")
 
-def stream(tokenizer, shown):
-    """-> on_token of `generate`: prints an answer while it is made, and keeps its pieces in the list `shown`."""
-    decoder = codecs.getincrementaldecoder("utf8")("replace")   # a character whose bytes are not all there waits
-    def heard(new):
-        ids = [i for i in new if i is not None and i < tokenizer.end]
-        shown.append(decoder.decode(tokenizer.encoding.decode_bytes(ids)))
-        print(shown[-1], end="", flush=True)
-    return heard
-
-def chat(model, tokenizer, config, cast):
-    """Turn by turn, until an empty line or Ctrl-D. Ctrl-C stops the answer, not the program."""
-    say("Chat. An empty line ends it; Ctrl-C stops an answer.")
-    history, room = [], model.config.block_size // 2
-    with contextlib.suppress(EOFError, KeyboardInterrupt):
-        for turn, question in enumerate(iter(lambda: input("you> ").strip(), "")):
-            while len(prompt := data.encode_prompt(tokenizer, question, "", history)) > room and history:
-                history.pop(0)                      # the oldest turn goes: an answer needs room
-            print("model> ", end="", flush=True)
-            try:
-                answers(model, tokenizer, prompt, 1, config, cast, turn, on_token=stream(tokenizer, shown := []))
-            except (KeyboardInterrupt, UserError) as why:
-                print(f" [{str(why) or 'stopped'}]", end="")
-            print()
-            history.append((question, "".join(shown)))
-    say("bye")
+def tool(name):
+    """The function of this name in the file of this name: what few readers need stands in benchmarks/."""
+    return runpy.run_path(f"{data.BENCHMARKS}/{name}.py")[name]
 
 def main():
     config, _ = parse("sample", description=__doc__)
@@ -77,11 +54,11 @@ def main():
         say(f"{config.init or f'{folder / stage}.pt'}, {model.num_params():,} parameters, "
             f"temperature {config.temperature:g}, seed {config.seed}")
     if config.export:
-        return runpy.run_path(f"{data.BENCHMARKS}/export.py")["export"](model, tokenizer, config.export)
+        return tool("export")(model, tokenizer, config.export)
     if config.chat:
-        return chat(model, tokenizer, config, cast)
+        return tool("chat")(model, tokenizer, stage, config, cast)
     if config.rank:
-        return runpy.run_path(f"{data.BENCHMARKS}/rank.py")["rank"](model, tokenizer, stage, config, cast, folder)
+        return tool("rank")(model, tokenizer, stage, config, cast, folder)
     questions = [(config.prompt, config.input)] if config.prompt else SHOWN if config.compare else []
     if not questions:
         raise UserError("nothing to answer: --prompt \"...\" asks once, --chat begins a conversation")

@@ -9,9 +9,8 @@ per program (2 ms: no torch inside). The kernel [K], a Python audit hook [A] and
 - 64 KiB of output; an empty environment; the same `random` and hashes [W]
 - 256 MiB of address space, 16 open files, not one byte written to a file [K]
 - no second process, signal, network; no writing, deleting, renaming; only Python's own library to read [A]
-This guards against the accidents of a small model; it is NO boundary against an attacker (use a virtual
-machine), who can fool an audit hook from inside, forge what tests in its own text print, or use what raises
-no audit event: os.stat sees which files exist, os.mkfifo makes one. macOS ignores the limit on memory."""
+This guards against the accidents of a small model; it is NO boundary against an attacker, who can fool an audit
+hook, forge what tests print, use os.stat or os.mkfifo: take a virtual machine. macOS ignores the memory limit."""
 import atexit, builtins, collections, gc, io, marshal, math, mmap, os, random, resource, select, signal, sys, time
 from contextlib import suppress
 

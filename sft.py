@@ -11,12 +11,11 @@ Where this deviates from InstructGPT (Ouyang et al. 2022):
  2. The paper does not say whether the prompt is learnt too. Here only the response is.
  3. Weight decay 0.1 and a short warm-up; the paper's learning rates belong to models 1,000 times larger.
  4. The base is pretrained here, in minutes, on documents made from a seed; the paper starts from GPT-3.
- 5. Step 0 begins with recitals (lists read out again), and Muon trains the matrices: so it learns to copy from
-    its context in 400 steps. Without recitals it had not after 1,800 of twice the size.
+ 5. Step 0 begins with recitals (lists read out again), and Muon trains the matrices: so it copies from its
+    context after 400 steps, without recitals not after 1,800 of twice the size.
 Axes: B batch, T tokens, V vocabulary."""
 import dataclasses, time
 from itertools import chain, islice, repeat
-from pathlib import Path
 from config import UserError     # before torch: see there
 import numpy as np
 import torch
@@ -65,7 +64,8 @@ def accumulate(model, batches, cast, weight=1.0):
 def make_tokenizer(config, folder, own):
     """The run's tokenizer: the one it has, GPT-2's, or one trained on a sample of what will be read."""
     path = folder / "tokenizer.json"
-    if path.exists() and not config.fresh and (not config.init or training.finished(folder, "base")):
+    begun = training.finished(folder, "base") or (folder / "base.state").exists()
+    if path.exists() and begun and not config.fresh:
         return data.Tokenizer.load(path)
     if config.init or config.tokenizer == "gpt2":
         tokenizer = data.Tokenizer.published(config.init) if config.init else data.Tokenizer.gpt2()
@@ -80,8 +80,7 @@ def make_tokenizer(config, folder, own):
     return tokenizer
 
 def make_corpus(config, folder, tokenizer, own, read=""):
-    """Step 0's text as arrays of ids -> ({name: train}, {name: held out}). read: the file that the base has read,
-    if one is there: then it is that, and nothing is held out. Steps 1 and 3 mix it in."""
+    """Step 0's text as arrays of ids -> ({name: train}, {name: held out}). read: the file that a base has read."""
     if read and (folder / read).exists():
         return {"documents": np.memmap(folder / read, tokenizer.dtype, "r")}, {}
     key = (config.data_eval, *map(training.seed_of, data.read_text(own))) if isinstance(own, str) else (
@@ -92,7 +91,7 @@ def make_corpus(config, folder, tokenizer, own, read=""):
         T, cut = config.block_size, len(ids) if other else len(ids) - max(len(ids) // 10, config.block_size + 1)
         held_out = other[0] if other else ids[cut:]
         if min(cut, len(held_out)) <= T:
-            raise UserError(f"{own}: {cut} tokens, and {len(held_out)} held out, are too few for --block-size {T}")
+            raise UserError(f"{own}: {len(ids)} tokens, {len(held_out)} held out, are few for --block-size {T}")
         if not path.exists():
             later = (data.pack(tokenizer, part) for part in islice(data.read_text(own), 1, None))
             training.save_atomically(chain([ids[:cut]], later), path)
@@ -106,10 +105,6 @@ def make_corpus(config, folder, tokenizer, own, read=""):
     corpus = {"documents": np.memmap(path, tokenizer.dtype, "r"),
               "recitals": data.pack(tokenizer, list(islice(world.recitals(config.seed), 8000)))}
     return corpus, held_out_text(tokenizer, config.seed)
-
-def file_of(corpus):
-    """The name of the file that holds step 0's text: <stage>.json keeps it for the later steps."""
-    return Path(corpus["documents"].filename).name
 
 def held_out_text(tokenizer, seed):
     """What step 0 is measured on -> {"documents" and "prose": ids}."""
@@ -133,12 +128,11 @@ def make_examples(config, tokenizer, own):
         examples = [data.encode_example(tokenizer, *d) for d in written]
         fitting.append([e for e in examples if len(e[0]) <= T])
         if not fitting[-1]:
-            raise UserError(f"{config.data}: no {side} demonstration fits --block-size {T}")
+            raise UserError(f"{' '.join(config.files)}: no {side} demonstration fits --block-size {T}")
         if dropped := len(examples) - len(fitting[-1]):
             say(f"  {dropped} of {len(examples)} {side} demonstrations exceed --block-size {T}: dropped")
     return fitting
 
-# ------------------------------------------------------------------------ the two steps
 def curriculum(config, step, corpus):
     """What step 0 reads at this step, in windows of T tokens -> (array of ids, T). Short before long."""
     if step < config.recital_steps and "recitals" in corpus:
@@ -146,7 +140,7 @@ def curriculum(config, step, corpus):
     late = step >= 0.7 * config.pretrain_steps
     return corpus["documents"], config.block_size if late else max(config.block_size // 2, 1)
 
-def learn(config, folder, name, model, steps, warmup, rates, batch, check, cast, **facts):
+def learn(config, folder, name, model, steps, warmup, rates, batch, check, cast, corpus):
     """The loop of both steps -> its rows. batch(step): tokens, real or None, labels; check(step): {text: loss}"""
     adamw, muon = both = training.muon_and_adamw(model, *rates, config.weight_decay)
     stage = training.Stage(folder, name, config, steps, model=model, adamw=adamw, muon=muon)
@@ -161,7 +155,7 @@ def learn(config, folder, name, model, steps, warmup, rates, batch, check, cast,
             say(f"  {name} {step + 1}: held-out loss {found} nats a token")
             metrics |= {f"val_{text}": loss for text, loss in losses.items()}
         stage.log(sum(int((labels if real is None else real > 0).sum()) for _, real, labels in micro), **metrics)
-    stage.finish(model, model=vars(model.config), losses=losses, **facts)
+    stage.finish(model, model=vars(model.config), losses=losses, corpus=corpus.filename.name)
     return stage.history
 
 def pretrain(config, folder, model, corpus, held_out, cast):
@@ -173,7 +167,7 @@ def pretrain(config, folder, model, corpus, held_out, cast):
         _, T = curriculum(config, step, corpus)
         return {name: held_out_loss(model, held_out_windows(x, T), cast) for name, x in held_out.items()}
     rows = learn(config, folder, "base", model, config.pretrain_steps, config.warmup,
-                 (config.pretrain_matrix_lr, config.pretrain_lr), batch, check, cast, corpus=file_of(corpus))
+                 (config.pretrain_matrix_lr, config.pretrain_lr), batch, check, cast, corpus=corpus["documents"])
     for text in held_out:               # a text that is too short for so many steps is learnt by heart
         key = f"val_{text}"
         best = min((row for row in rows if key in row), key=lambda row: row[key])
@@ -202,32 +196,34 @@ def finetune(config, folder, model, tokenizer, train, val, corpus, ask, cast):
             say("      -> " + answer.text.replace("\n", "\n         "))
         return {"demonstrations": held_out_loss(model, checks, cast)}
     learn(config, folder, "sft", model, steps, min(config.warmup, steps // 10),
-          (config.matrix_lr, config.lr), batch, check, cast, parent="base", corpus=file_of(corpus))
+          (config.matrix_lr, config.lr), batch, check, cast, corpus=corpus["documents"])
 
 def main():
     started, config, folder, device, cast = training.begin("sft", __doc__)
     own = None if not config.data else config.data if data.kind_of(config.data) == "text" else (
         data.hold_out(*map(data.read_demonstrations, config.files)))
     tokenizer = make_tokenizer(config, folder, own)
-    kept, facts = training.finished(folder, "base") and not config.fresh, {}
-    if kept:
+    begun, facts = (folder / "base.state").exists(), {}         # of a new base, which --fresh began
+    if kept := training.finished(folder, "base") and not begun and not config.fresh:
         model, _, facts = training.load_model(folder, "base")
     else:
         model = load_gpt2(config.init, tokenizer.size) if config.init else training.build(config, tokenizer.size)
     model = model.to(device)
     config = dataclasses.replace(config, block_size=min(config.block_size, model.config.block_size))
+    examples = None if isinstance(own, str) else make_examples(config, tokenizer, own)
     corpus, held_out = make_corpus(config, folder, tokenizer, own, facts.get("corpus"))
     if kept:
+        if isinstance(own, str) and facts.get("content") != data.checksum(config.files):
+            raise UserError(f"{folder} has a base of another text: --fresh makes it anew, or name another --out")
         say(f"step 0: {folder / 'base.pt'} is there and is kept (--fresh makes it anew)")
     elif config.init and not isinstance(own, str):
         say(f"step 0: {config.init}, {model.num_params():,} parameters, instead of pretraining")
         training.Stage(folder, "base", config, 0).finish(model, model=vars(model.config))
     else:
-        say(f"step 0: pretrain {model.num_params():,} parameters for {config.pretrain_steps} steps of "
-            f"{config.pretrain_batch} tokens; Ctrl-C keeps what is done")
+        say(f"step 0: pretrain {model.num_params():,} parameters for {config.pretrain_steps} steps")
         pretrain(config, folder, model, corpus, held_out, cast)
     if not isinstance(own, str):
-        train, val = make_examples(config, tokenizer, own)
+        train, val = examples
         ask = [(d[0], d[1], d[3]) for d in own[1][:3]] if own else [(prompt, "") for prompt in world.SHOWN]
         torch.manual_seed(training.seed_of(config.seed, "lora"))
         add_lora(model, config.lora_rank)

@@ -3,17 +3,20 @@
 A run is a folder. Each stage of it (base, sft, ...) leaves <stage>.pt (weights), <stage>.json (config, time)
 and <stage>.jsonl (an object a step); while it trains, <stage>.state holds all that is needed to go on. Resume
 is exact (same machine and threads): a step depends on weights, optimiser and (seed, stage, step) alone."""
-import collections, contextlib, ctypes, datetime, functools, json, math, os, re, resource, sys, time, timeit, zlib
+import collections, contextlib, ctypes, dataclasses, datetime, functools, json, math, os, re, resource, sys, time
+import timeit, zlib
 from pathlib import Path
+import numpy as np
 import torch
 from config import YES_NO, UserError, parse, show
-from data import Tokenizer
+from data import Tokenizer, checksum, encode_prompt
 from model import GPT, GPTConfig, generate, learnt, load_gpt2, merge_lora
 
 Answer = collections.namedtuple("Answer", "ids text ended")     # ended: by itself, not by the limit or the context
 adamw = functools.partial(torch.optim.AdamW, betas=(0.9, 0.95), eps=1e-8, fused=True)     # β as in InstructGPT
 MADE_BY = {"base": "sft.py", "sft": "sft.py", "dpo": "reward.py --objective dpo",    # stage -> command, in order
            "grpo": "ppo.py --advantage group", "ppo_no_ptx": "ppo.py --ptx-coef 0", "ppo": "ppo.py"}
+PARENT = {"base": "", "sft": "base"}        # the stage that a stage starts from; of all others it is sft
 
 def pick_device(name):
     """"auto" or a device's name -> torch.device. UserError where it is not there."""
@@ -49,6 +52,8 @@ def begin(step, description):
     """What every training command does first -> (when it began, config, folder, device, autocast); says them."""
     started, (config, origin) = time.perf_counter(), parse(step, description=description)
     folder, (device, cast, found) = run_folder(config), compute(config)
+    dtype = "bf16" if cast.fast_dtype == torch.bfloat16 else "fp32"         # as found: with it alone a run goes on
+    config = dataclasses.replace(config, dtype=dtype, threads=torch.get_num_threads())
     say(f"{step}.py: config {config.config}, run {folder}, {found}\n" + show(config, origin))
     return started, config, folder, device, cast
 
@@ -142,7 +147,7 @@ def command(main):
     except BrokenPipeError:                     # python sample.py ... | head -1
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
-        say("interrupted. The last state is kept: the same command goes on from there.")
+        say("interrupted. Without --fresh the same command goes on from the last state; every 15 s one is kept.")
         sys.exit(130)
     except (UserError, OSError) as error:       # OSError: a full disk, say
         file = f"{error.filename or 'a file'}: {error.strerror}" if isinstance(error, OSError) else ""
@@ -164,7 +169,9 @@ class Stage:
         self.path, self.state_path = f"{folder}/{name}", Path(f"{folder}/{name}.state")
         self.began = self.saved = time.perf_counter()
         self.step, self.tokens, self.history = 0, 0, []
-        self.pinned = {k: v for k, v in vars(config).items() if k not in ("resume", "fresh", "out")}
+        self.made_of, self.content = made_of(folder, name), checksum(config.files)
+        self.pinned = {k: v for k, v in vars(config).items() if k not in ("resume", "fresh", "out")} | {
+            "tokenizer or earlier step": self.made_of, "content of --data": self.content}
         if config.fresh:
             self.state_path.unlink(missing_ok=True)
         if self.state_path.exists():
@@ -224,7 +231,9 @@ class Stage:
         if len(adapters := learnt(trained)) < len(trained.state_dict()):
             save_atomically(adapters, f"{self.path}.lora.pt")
         save_atomically(merge_lora(trained).state_dict(), f"{self.path}.pt")
-        facts |= {"steps": self.steps, "seconds": round(time.perf_counter() - self.began, 1),
+        facts |= {"weights": zlib.crc32(np.memmap(f"{self.path}.pt", np.uint8, "r")), "made_of": self.made_of,
+                  "content": self.content, "parent": PARENT.get(self.name, "sft"), "steps": self.steps,
+                  "seconds": round(time.perf_counter() - self.began, 1),
                   "versions": {"python": sys.version.split()[0], "torch": torch.__version__}}
         save_atomically({"config": vars(self.config)} | facts, f"{self.path}.json")
         self.state_path.unlink(missing_ok=True)
@@ -235,16 +244,27 @@ def build(config, vocab_size):
     shape = {name: value for name, value in vars(config).items() if name in GPTConfig.__annotations__}
     return GPT(GPTConfig(**shape | {"vocab_size": vocab_size, "flash": YES_NO.get(config.flash)}))
 
+def made_of(folder, stage):
+    """Checksums of what a stage of this run is made of now: its tokenizer, its parent -> {name: number}"""
+    tokenizer, parent = Path(folder, "tokenizer.json"), Path(folder, PARENT.get(stage, "sft") + ".json")
+    found = {"tokenizer": zlib.crc32(tokenizer.read_bytes())} if tokenizer.exists() else {}
+    return found | ({parent.stem: json.loads(parent.read_bytes())["weights"]} if parent.exists() else {})
+
 def finished(folder, stage):
-    """Is this stage of the run complete?"""
-    return all(Path(folder, f"{stage}.{ending}").exists() for ending in ("pt", "json"))
+    """Is this stage of the run complete, and are the tokenizer and its parent still those that it was made of?"""
+    if not all(Path(folder, f"{stage}.{ending}").exists() for ending in ("pt", "json")):
+        return False
+    with contextlib.suppress(ValueError, LookupError, TypeError):       # damaged: load_model says so
+        before = json.loads(Path(folder, f"{stage}.json").read_bytes())["made_of"]
+        return before.items() >= {k: v for k, v in made_of(folder, stage).items() if k in before}.items()
+    return True
 
 def load_model(folder, stage, device="cpu"):
     """The model of a finished stage -> (GPT, Tokenizer, what <stage>.json says)."""
     script, path = MADE_BY.get(stage), Path(folder, f"{stage}.json")
     if not script or not finished(folder, stage):
-        remedy = f"Make it first: python {script}" if script else f"Stages: {', '.join(MADE_BY)}"
-        raise UserError(f"{folder} has no finished {stage}. {remedy}")
+        remedy = f"Make it first: python {script} --out {folder}" if script else f"Stages: {', '.join(MADE_BY)}"
+        raise UserError(f"{folder} has no finished {stage}{', up to date' * path.exists()}. {remedy}")
     try:
         facts = json.loads(path.read_text(encoding="utf8"))
         model = GPT(GPTConfig(**facts["model"]))
@@ -254,8 +274,7 @@ def load_model(folder, stage, device="cpu"):
     return model.to(device), Tokenizer.load(path.with_name("tokenizer.json")), facts
 
 def load_sft(config, folder, device):
-    """What steps 2 and 3 start from, as load_model gives it: the run's SFT model, or with --init in a new run
-    GPT-2's published weights, which then are its stage sft. UserError where the run has another model already."""
+    """What steps 2 and 3 start from, as load_model gives it. With --init a new run gets GPT-2 as its stage sft."""
     if config.init and not finished(folder, "sft") and not any(folder.glob("base.*")):
         tokenizer = Tokenizer.published(config.init)
         model = load_gpt2(config.init, tokenizer.size)
@@ -266,6 +285,15 @@ def load_sft(config, folder, device):
     if config.init not in ("", facts["config"].get("init")):
         raise UserError(f"{folder} has an SFT model that is not {config.init}. Name another --out, or no --init")
     return model, tokenizer, facts
+
+def that_fit(tokenizer, records, size):
+    """The records whose question leaves room for an answer; the others are counted. UserError where none does."""
+    fitting = [record for record in records if len(encode_prompt(tokenizer, *record[:3])) < size]
+    if dropped := len(records) - len(fitting):
+        say(f"  {dropped} of {len(records)} prompts leave no room for an answer in {size} tokens: left out")
+    if not fitting:
+        raise UserError(f"no prompt leaves room for an answer in {size} tokens: sft.py --block-size makes more")
+    return fitting
 
 def respond(model, tokenizer, prompts, max_new_tokens, temperature, seed, cast, batch_size=256, **options):
     """One Answer to each prompt, short ones first: little padding. options: others of model.generate."""

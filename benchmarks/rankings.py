@@ -16,6 +16,7 @@ from pathlib import Path
 
 import commands  # (before torch: see there)
 import data
+from config import UserError
 import evaluate
 import training
 
@@ -27,6 +28,8 @@ def split(comparisons, held_out, counts, seed):
     shuffled = random.Random(seed).sample(comparisons, len(comparisons))
     others = {json.dumps(record[:3]) for record in shuffled[:held_out]}
     rest = [record for record in shuffled if json.dumps(record[:3]) not in others]
+    if len(rest) < max(counts):
+        raise UserError(f"{len(rest)} comparisons are left beside those held out: --counts asks for {max(counts)}")
     return [record for record in shuffled if json.dumps(record[:3]) in others], {n: rest[:n] for n in counts}
 
 
@@ -56,7 +59,7 @@ def main():
         for n, records in sets.items():
             found[n].append(accuracy(args.run, records, held_out, seed, flags))
     cells = [evaluate.cell({"mean": sum(row) / len(row), "low": min(row), "high": max(row)}, 100, 0) for row in found.values()]
-    print("\n" + evaluate.markdown("rankings", map(str, found), {" ".join(flags) or "as it is": cells}))
+    print("\n" + evaluate.markdown("rankings", [*map(str, found)], {" ".join(flags) or "as it is": cells}))
 
 
 if __name__ == "__main__":

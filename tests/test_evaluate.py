@@ -6,11 +6,12 @@ import math
 import random
 import shutil
 from itertools import combinations
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import benchmark
+from conftest import ROOT, benchmark, run_command
 
 import data
 import evaluate
@@ -192,15 +193,26 @@ def test_a_base_is_asked_without_and_with_examples(evaluated, monkeypatch):
         assert len(asked) == 9 and max(text.count("Question:") for text in asked) == (1 if label == "base" else 4)
 
 
+def in_this_process(module, words):
+    """`python words` -> its exit code, and what it prints is printed here."""
+    done = run_command(module, *words[2:])
+    print(done.out)
+    return SimpleNamespace(returncode=int(done.code != 0))
+
+
 def test_what_full_added_stays_until_a_stage_is_made_anew(evaluated, run, monkeypatch, tmp_path):
     """--full goes on where it was stopped; of other weights everything is measured anew."""
     folder = shutil.copytree(evaluated[2], tmp_path / "run")
     path, flags, ran, failing = folder / "evaluation.json", ("--out", folder, "--dtype", "fp32", "--threads", 2), [], ["tax"]
     monkeypatch.setattr(evaluate, "measure", lambda *given: dict(evaluated[0]))
-    key_of = {experiment.split()[-1] if " " in experiment else experiment: key for experiment, (key, _) in evaluate.FULL.items()}
+    full = benchmark("full")
+    key_of = {experiment.split()[-1] if " " in experiment else experiment: key for experiment, (key, _) in full.FULL.items()}
 
-    def pretend(words):
-        ran.append(words[-1] if words[1].stem == "sweep" else words[1].stem)
+    def pretend(words, **_):
+        name = Path(words[1]).stem
+        if name == "full":
+            return in_this_process(full, words)
+        ran.append(words[-1] if name == "sweep" else name)
         if ran[-1] in failing:
             return SimpleNamespace(returncode=failing.pop() == "tax")
         path.write_text(json.dumps(json.loads(path.read_text()) | {key_of[ran[-1]]: f"by {ran[-1]}"}))
@@ -350,9 +362,11 @@ def test_the_experiments_that_it_runs(flags, wanted, evaluated, run, monkeypatch
     """Each on the folder that was asked for; --full after the evaluation, whose file the experiments add to."""
     (report, _, folder), ran = evaluated, []
 
-    def pretend(words):
-        assert words[1].exists() and (folder / "evaluation.json").exists()
-        ran.append([words[1].name, *words[2:]])
+    def pretend(words, **_):
+        assert (ROOT / words[1]).exists() and (folder / "evaluation.json").exists()
+        if Path(words[1]).stem == "full":
+            return in_this_process(benchmark("full"), words)
+        ran.append([Path(words[1]).name, *words[2:]])
         return SimpleNamespace(returncode=0)
     monkeypatch.setattr(evaluate.subprocess, "run", pretend)
     monkeypatch.setattr(evaluate, "measure", lambda *given: report)
@@ -363,5 +377,5 @@ def test_the_experiments_that_it_runs(flags, wanted, evaluated, run, monkeypatch
 
 
 def test_what_full_runs_is_there():
-    for experiment in evaluate.FULL:
+    for experiment in benchmark("full").FULL:
         assert callable(benchmark(experiment.split()[0]).main)

@@ -199,7 +199,7 @@ def test_later_steps_mix_in_the_text_that_the_base_has_read(run, tmp_path, monke
     assert {(ids.filename, len(ids)) for ids in seen} == {(text, text.stat().st_size // seen[0].itemsize)}
     text.unlink()
     done = run("ppo", *PPO, "--reward", f"{tmp_path / 'score.py'}:score", "--data", mine, "--out", out, "--fresh")
-    assert done.code == 2 and "lacks the text that sft.py mixed in" in done.out.splitlines()[-1]
+    assert done.code == 2 and "has no text of sft.py's to mix in" in done.out.splitlines()[-1]
 
 
 def test_a_broken_file_is_said_before_anything_is_computed(run, tmp_path):

@@ -4,6 +4,8 @@ import contextlib
 import pytest
 import torch
 
+from conftest import benchmark
+
 import data
 import sample
 import training
@@ -11,6 +13,7 @@ import world
 from config import SampleConfig
 from model import Generation
 
+chat = benchmark("chat")
 
 @pytest.fixture(scope="module")
 def bytewise():
@@ -90,7 +93,7 @@ def test_the_fixed_question_is_not_trained_on():
 def test_whole_characters_only(text, bytewise, capsys):
     """A character whose bytes are not all there waits for them; what was shown is never taken back."""
     pieces, shown = [], ""
-    stream = sample.stream(bytewise, pieces)
+    stream = chat.stream(bytewise, pieces)
     for i in bytewise.encode(text):
         stream([i])
         new = capsys.readouterr().out
@@ -102,7 +105,7 @@ def test_whole_characters_only(text, bytewise, capsys):
 
 def test_broken_bytes_do_not_stop_the_stream(bytewise, capsys):
     """A model may sample half a character and then another one: that half is shown as such, and the rest goes on."""
-    stream = sample.stream(bytewise, [])
+    stream = chat.stream(bytewise, [])
     for i in [ord("a"), 0xE7, 0x8C, ord("b"), 0xFF, *"猫".encode(), bytewise.end]:
         stream([i])
     stream([None])
@@ -134,7 +137,7 @@ def talk(monkeypatch, capsys, folder, questions, answers=None, **changes):
         return Generation([tokenizer.encode(answers[len(prompts) - 1])], None)
     monkeypatch.setattr("builtins.input", ask)
     monkeypatch.setattr(training, "generate", recording)
-    sample.chat(model, tokenizer, SampleConfig(**{"max_new_tokens": 5, **changes}), contextlib.nullcontext())
+    chat.chat(model, tokenizer, "sft", SampleConfig(**{"max_new_tokens": 5, **changes}), contextlib.nullcontext())
     return tokenizer, prompts, capsys.readouterr().out
 
 
