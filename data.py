@@ -147,10 +147,10 @@ def kind_of(names):
 def _parse(path, line, text, plain=""):
     """An array, or a part of JSONL -> (where it stands, the object in our own keys) for each. Of a file named
     otherwise, with plain="text" all is one object, with plain="prompt" each line."""
-    kind = Path(path.removesuffix(".gz")).suffix.lower()
-    if kind in (".csv", ".tsv", ".parquet", ".xlsx") or plain and kind not in JSON and text.startswith('{"'):
+    plain = "" if (kind := Path(path.removesuffix(".gz")).suffix.lower()) in JSON else plain
+    if kind in (".csv", ".tsv", ".parquet", ".xlsx") or plain and line == 1 and re.match(r'\s*[[]?\s*{\s*"', text):
         raise UserError(f"{path}: needed: plain text, or examples as JSON in a file named .json or .jsonl")
-    if plain and kind not in JSON:
+    if plain:
         parts = [text] if plain == "text" else map(str.strip, text.split("\n"))
         yield from ((path, {plain: part}) for part in parts if part.strip())
         return

@@ -10,6 +10,7 @@ import pytest
 from conftest import ROOT, benchmark
 
 import world
+from config import UserError
 
 tax, folds, sweep, budgets, instructions = map(benchmark, ("tax", "folds", "sweep", "budgets", "instructions"))
 
@@ -251,6 +252,12 @@ def test_rankings_are_learnt_or_measured_never_both():
     assert len(held_out) >= 7 and [*map(len, sets.values())] == [5, 11] and sets[5] == sets[11][:5]
     assert not asked & {record[0] for record in sets[11]}
     assert rankings.split(records, 7, (5, 11), 4) != (held_out, sets) == rankings.split(records, 7, (5, 11), 3)
+
+
+def test_more_rankings_than_there_are():
+    """Usual mistake: a column of 1,000 that learnt ten."""
+    with pytest.raises(UserError, match="10 comparisons are left beside those held out: --counts asks for 11"):
+        rankings.split([(f"q{i}", "", [], ["a", "b"], [0, 1]) for i in range(17)], 7, (5, 11), 3)
 
 
 def test_a_reward_model_for_each_number_and_seed(tmp_path, monkeypatch, capsys):

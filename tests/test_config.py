@@ -95,6 +95,7 @@ def test_what_is_unusual_but_works(step, argv, field, value):
     ("sft", ["--batchsize", "5"], ["--batch-size"]),
     ("sample", ["--temprature", "1"], ["--temperature", "python sample.py --help"]),
     ("sft", ["tiny"], ["tiny"]),
+    ("sft", ["--data", "a.jsonl", "b.jsonl"], ["b.jsonl", "one word with commas, or a glob in quotes"]),    # as the shell spells *
     ("sft", ["--config", "tinny"], ["tinny", "tiny, headline, small, gpt2", "Did you mean tiny?"]),
     ("sft", ["--config"], ["--config"]),                                            # no value
     ("sft", ["--pretrain-steps", "many"], ["--pretrain-steps", "int", "many"]),

@@ -41,6 +41,7 @@ COMPARISONS = {         # a record -> (instruction, input, history, responses, r
     "prompt and dialogues": ({"prompt": "lost?", "chosen": [USER, BOT, TALK[3], {"role": "assistant", "content": "b"}],
                               "rejected": [USER, BOT, TALK[3], {"role": "assistant", "content": "c"}]},
                              ("q2", "", [("q", "a")], ["b", "c"], [0, 1])),
+    "prompt as transcript": ({"prompt": HH, "chosen": "b", "rejected": "c"}, ("q2", "", [("q", "a")], ["b", "c"], [0, 1])),
     "K-wise": ({"prompt": "q", "responses": ["b", "c", "d"], "ranks": [1, 0, 1]}, ("q", "", [], ["b", "c", "d"], [1, 0, 1])),
 }
 
@@ -170,7 +171,8 @@ BAD = {     # what is wrong -> (reader, bytes, what the one line must say beside
         ("transcript that begins with the answer", {"chosen": "Assistant: b", "rejected": "Assistant: c"}, ["line 2", "in turns"]))},
     **{f"{reader}: {name}": (reader, raw, words) for reader in ("demonstrations", "comparisons", "prompts")
        for name, raw, words in (
-        ("empty", b"", ["empty"]), ("blank", b" \n\t\n", ["empty"]), ("latin1", b'{"prompt": "\xe9"}\n', ["line 1", "not UTF-8", "iconv"]),
+        ("empty", b"", ["empty"]), ("blank", b" \n\t\n", ["empty"]),
+        ("latin1", b'{"prompt": "\xe9"}\n', ["line 1", "not UTF-8", "iconv", "gb18030"]),
         ("UTF-16", '{"prompt": "q"}'.encode("utf-16"), ["line 1", "not UTF-8"]),
         ("cut", b'[{"prompt": "a",\n"chosen": "b"}', ["line 2", "not JSON"]), ("no JSON", b"prompt,chosen\n", ["line 1", "not JSON"]),
         ("another half", b'{"prompt": "\\uD800", "chosen": "b"}', ["line 1", "surrogates"]),
@@ -198,6 +200,41 @@ def test_a_fault_is_one_line(what, tmp_path):
 
 def test_there_are_sixty():
     assert len(BAD) >= 60
+
+
+@pytest.mark.parametrize("name, text", [("a.csv", "prompt,answer\nq,a\n"), ("a.TSV", "q\ta\n"), ("a.parquet", "PAR1"), ("a.csv.gz", "q,a\n"),
+                                        ("a.txt", '{"prompt": "q"}\n'), ("a.md", ' [\n {"text": "q"}]'), ("a", '{ "text": 5}')])
+def test_what_is_no_plain_text_is_not_read_as_one(name, text, tmp_path):
+    """The usual mistake: whatever is not named .json is prose, and a table is learnt by heart for minutes."""
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+    for reader in (data.read_prompts, lambda names: [*data.read_text(names)], data.kind_of):
+        with pytest.raises(UserError, match="a.*needed: plain text, or examples as JSON in a file named .json or .jsonl"):
+            reader(path)
+
+
+def test_braces_in_a_text_are_text(tmp_path, monkeypatch):
+    """Also where a later part of a large one begins with what looks like a record."""
+    monkeypatch.setattr(data, "PART", 8)
+    (tmp_path / "a.txt").write_text('a story\nand more\n{"prompt": "q"}\n')
+    assert "".join(text for part in data.read_text(tmp_path / "a.txt") for text in part) == 'a story\nand more\n{"prompt": "q"}\n'
+
+
+def test_jsonl_has_two_names_and_files_may_stand_apart(tmp_path):
+    for name in ("a.ndjson", "b.jsonl"):
+        (tmp_path / name).write_text(json.dumps({"prompt": name}) + "\n")
+    assert [q for q, *_ in data.read_prompts(f"{tmp_path}/a.ndjson, {tmp_path}/b.jsonl")] == ["a.ndjson", "b.jsonl"]
+
+
+def test_a_dialogue_is_asked_as_a_whole(tmp_path):
+    """Dialogues that all end in "go on" are different prompts, on the side where each is. Usual mistake: by their last turn."""
+    rows = [{"messages": [{"role": "user", "content": f"q{i}"}, BOT, {"role": "user", "content": "go on"}, BOT]} for i in range(43)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    train, held_out = data.hold_out(data.read_demonstrations(tmp_path / "a.jsonl"))
+    assert len(held_out) == 3 and len(train) == 40 and not {str(r[3]) for r in train} & {str(r[3]) for r in held_out}
+    pairs = [{"chosen": HH.replace("q\n", f"q{i}\n") + " b", "rejected": HH.replace("q\n", f"q{i}\n") + " c"} for i in range(43)]
+    (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    assert [*map(len, data.hold_out(data.read_comparisons(tmp_path / "b.jsonl")[0]))] == [40, 3]
 
 
 @pytest.mark.parametrize("raw", [b"no gzip", gzip.compress(b'{"prompt": "q", "completion": "a"}')[:-9]], ids=["none", "cut"])

@@ -112,7 +112,7 @@ def test_broken_bytes_do_not_stop_the_stream(bytewise, capsys):
     assert capsys.readouterr().out == "a\ufffdb\ufffd猫"
 
 
-def talk(monkeypatch, capsys, folder, questions, answers=None, **changes):
+def talk(monkeypatch, capsys, folder, questions, answers=None, stage="sft", **changes):
     """A chat with these questions -> (the prompts that the model got, what was printed)."""
     model, tokenizer, _ = training.load_model(folder, "sft")
     lines, prompts, generate = iter(questions), [], training.generate
@@ -137,7 +137,7 @@ def talk(monkeypatch, capsys, folder, questions, answers=None, **changes):
         return Generation([tokenizer.encode(answers[len(prompts) - 1])], None)
     monkeypatch.setattr("builtins.input", ask)
     monkeypatch.setattr(training, "generate", recording)
-    chat.chat(model, tokenizer, "sft", SampleConfig(**{"max_new_tokens": 5, **changes}), contextlib.nullcontext())
+    chat.chat(model, tokenizer, stage, SampleConfig(**{"max_new_tokens": 5, **changes}), contextlib.nullcontext())
     return tokenizer, prompts, capsys.readouterr().out
 
 
@@ -172,6 +172,12 @@ def test_the_oldest_turn_is_dropped_when_the_context_is_full(tiny_run, monkeypat
         history = [(q.strip(), "an answer") for q in questions[i - turns:i]]
         assert prompt == data.encode_prompt(tokenizer, questions[i].strip(), history=history)
     assert 0 < prompts[-1].count(tokenizer.user) - 1 < 8
+
+
+def test_a_base_is_not_asked_in_turns(tiny_run, monkeypatch, capsys):
+    """--chat with GPT-2 as published: it continues what was said. Usual mistake: the rows of turn tokens that nobody trained."""
+    tokenizer, prompts, _ = talk(monkeypatch, capsys, tiny_run.folder, ["I am Anna.", "And"], ["Hi!", "."], stage="base")
+    assert prompts == [[tokenizer.end, *tokenizer.encode("I am Anna.")], [tokenizer.end, *tokenizer.encode("I am Anna. Hi! And")]]
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_chat(tiny_run, monkeypatch, capsys):
