@@ -148,7 +148,7 @@ def _parse(path, line, text, plain=""):
     """An array, or a part of JSONL -> (where it stands, the object in our own keys) for each. Of a file named
     otherwise, with plain="text" all is one object, with plain="prompt" each line."""
     plain = "" if (kind := Path(path.removesuffix(".gz")).suffix.lower()) in JSON else plain
-    if kind in (".csv", ".tsv", ".parquet", ".xlsx") or plain and line == 1 and re.match(r'\s*[[]?\s*{\s*"', text):
+    if kind in (".csv", ".tsv", ".parquet", ".xlsx") or plain and line == 1 and re.match(r'\s*\[?\s*{\s*"', text):
         raise UserError(f"{path}: needed: plain text, or examples as JSON in a file named .json or .jsonl")
     if plain:
         parts = [text] if plain == "text" else map(str.strip, text.split("\n"))

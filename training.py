@@ -248,7 +248,7 @@ def made_of(folder, stage):
     """Checksums of what a stage of this run is made of now: its tokenizer, its parent -> {name: number}"""
     tokenizer, parent = Path(folder, "tokenizer.json"), Path(folder, PARENT.get(stage, "sft") + ".json")
     found = {"tokenizer": zlib.crc32(tokenizer.read_bytes())} if tokenizer.exists() else {}
-    return found | ({parent.stem: json.loads(parent.read_bytes())["weights"]} if parent.exists() else {})
+    return found | ({parent.stem: json.loads(parent.read_bytes()).get("weights")} if parent.exists() else {})
 
 def finished(folder, stage):
     """Is this stage of the run complete, and are the tokenizer and its parent still those that it was made of?"""

@@ -57,6 +57,17 @@ def test_a_stage_of_another_tokenizer_is_not_finished(tmp_path):
     assert those_finished(tmp_path) == []
 
 
+def test_a_run_of_an_earlier_version_goes_on(tmp_path):
+    """Its stages do not say what they were made of. Usual mistake: a KeyError."""
+    make(tmp_path, "base", "sft")
+    for stage in ("base", "sft"):
+        facts = json.loads((tmp_path / f"{stage}.json").read_text())
+        (tmp_path / f"{stage}.json").write_text(json.dumps({"config": facts["config"], "model": facts["model"], "seconds": 1}))
+    assert those_finished(tmp_path) == ["base", "sft"]
+    make(tmp_path, "reward")
+    assert those_finished(tmp_path) == ["base", "sft", "reward"] and training.load_model(tmp_path, "sft")
+
+
 def test_a_model_can_be_given_away_without_its_parents(tmp_path):
     make(tmp_path, *ALL)
     (tmp_path / "gift").mkdir()
