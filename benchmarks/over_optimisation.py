@@ -51,7 +51,8 @@ def along_ppo(folder, sft, tokenizer, device, cast):
     """-> [{"kl", "proxy", "gold"}], gains over the SFT model on the same held-out prompts."""
     config = commands.stored_config(folder, "ppo", PPOConfig)
     score, _ = ppo.make_reward(config, folder, sft, tokenizer, cast, device)
-    start = ppo.held_out(sft, sft, tokenizer, ppo.prompts_of(config)[1], score, config, cast)
+    _, tasks = ppo.prompts_of(config, tokenizer, sft.config.block_size)
+    start = ppo.held_out(sft, sft, tokenizer, tasks, score, config, cast)
     rows = map(json.loads, (folder / "ppo.jsonl").read_text(encoding="utf8").splitlines())
     return [{"kl": row["held_out_kl"], **{name: row[name] - start[name] for name in ("proxy", "gold")}}
             for row in rows if "held_out_kl" in row]

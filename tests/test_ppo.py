@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import benchmark
 
 import ppo
 import sft
@@ -784,3 +785,23 @@ def test_prompts_of_your_own(ppo_run, run, tmp_path):
     row = json.loads((folder / "ppo.json").read_text())["last"]
     assert "gold" not in row and row["held_out_kl"] != 0 and math.isfinite(row["proxy"])
     assert "gold" not in done.out.partition("step 3")[2]
+
+
+def test_the_curve_of_a_finished_run(ppo_run):
+    """benchmarks/over_optimisation.py: what held-out rows of ppo.jsonl gained over the SFT model, by the same reward and judge.
+
+    Usual mistake: the beginning is measured on other prompts than the rows.
+    """
+    sft, tokenizer, _ = training.load_model(ppo_run.folder, "sft")
+    device, cast = torch.device("cpu"), contextlib.nullcontext()
+    over = benchmark("over_optimisation")
+    found = over.along_ppo(ppo_run.folder, sft, tokenizer, device, cast)
+    rows = [json.loads(line) for line in (ppo_run.folder / "ppo.jsonl").read_text().splitlines()]
+    measured = [row for row in rows if "held_out_kl" in row]
+    assert len(found) == len(measured) > 0 and [p["kl"] for p in found] == [row["held_out_kl"] for row in measured]
+    config = over.commands.stored_config(ppo_run.folder, "ppo", PPOConfig)
+    _, tasks = ppo.prompts_of(config, tokenizer, sft.config.block_size)
+    score, _ = ppo.make_reward(config, ppo_run.folder, sft, tokenizer, cast, device)
+    start = ppo.held_out(sft, sft, tokenizer, tasks, score, config, cast)
+    assert found[-1]["proxy"] == pytest.approx(measured[-1]["proxy"] - start["proxy"])
+    assert len(tasks) == 10 and start["held_out_kl"] == 0
