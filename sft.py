@@ -210,7 +210,7 @@ def main():
         model = load_gpt2(config.init, tokenizer.size) if config.init else training.build(config, tokenizer.size)
     model = model.to(device)
     config = dataclasses.replace(config, block_size=min(config.block_size, model.config.block_size))
-    examples = None if isinstance(own, str) else make_examples(config, tokenizer, own)
+    examples = make_examples(config, tokenizer, own) if isinstance(own, tuple) else ()      # own may be refused
     corpus, held_out = make_corpus(config, folder, tokenizer, own, facts.get("corpus"))
     if kept:
         if isinstance(own, str) and facts.get("content") != data.checksum(config.files):
@@ -223,7 +223,7 @@ def main():
         say(f"step 0: pretrain {model.num_params():,} parameters for {config.pretrain_steps} steps")
         pretrain(config, folder, model, corpus, held_out, cast)
     if not isinstance(own, str):
-        train, val = examples
+        train, val = examples or make_examples(config, tokenizer, own)
         ask = [(d[0], d[1], d[3]) for d in own[1][:3]] if own else [(prompt, "") for prompt in world.SHOWN]
         torch.manual_seed(training.seed_of(config.seed, "lora"))
         add_lora(model, config.lora_rank)

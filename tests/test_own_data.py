@@ -209,6 +209,9 @@ def test_a_broken_file_is_said_before_anything_is_computed(run, tmp_path):
     assert done.code == 2 and "bad.jsonl, line 1" in done.out and "step 0" not in done.out
     done = run("sft", *TINY, "--data", mine, "--data-eval", tmp_path / "none.jsonl", "--out", tmp_path / "run")
     assert done.code == 2 and "none.jsonl" in done.out and "step 0" not in done.out
+    long = write(tmp_path / "long.jsonl", [{"prompt": "a", "completion": "b " * 300}])
+    done = run("sft", *TINY, "--data", mine, "--data-eval", long, "--out", tmp_path / "run")
+    assert done.code == 2 and "long.jsonl: no val demonstration fits" in done.out and "step 0" not in done.out
 
 
 # ---------------------------------------------------------------- several files, mixed
