@@ -456,7 +456,8 @@ def test_no_orphans(how):
     program must not leave that program running."""
     sleep = "import time; time.sleep(0 if {} else 60)".format(how is None)
     script = f"""if True:
-        import sys; sys.path.insert(0, {HERE!r})
+        import signal, sys; sys.path.insert(0, {HERE!r})
+        signal.signal(signal.SIGINT, signal.default_int_handler)    # a shell's background jobs inherit that it is ignored
         import sandbox
         sandbox.run_many(["import time; time.sleep(0.1)"] * 2, workers=2)
         print(*(worker.process.pid for worker in sandbox._idle), flush=True)
