@@ -170,7 +170,7 @@ def preset_of(folder):
     for stage in ("base", "sft") if folder else ():
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):      # not there, or damaged
             name = json.loads(Path(folder, f"{stage}.json").read_text(encoding="utf8"))["config"]["config"]
-            return name if name in PRESETS else ""
+            return name if name in PRESETS else None
 
 def parse(step, argv=None, description=""):
     """A step's command line -> (config, {field: where its value comes from}). UserError if it cannot work."""
@@ -203,7 +203,7 @@ def parse(step, argv=None, description=""):
             raise UserError(f"{name} is one of {', '.join(allowed)}, not {found}.{nearest(found, allowed)}")
         if field.type in (int, float) and not allowed[0] <= found <= allowed[1]:
             raise UserError(f"{name} must be from {allowed[0]} to {allowed[1]}, not {found}")
-    run = preset_of(given.get("out")) if issubclass(CONFIGS[step], TrainConfig) else ""
+    run = issubclass(CONFIGS[step], TrainConfig) and preset_of(given.get("out"))
     name = given.get("config") or run or ("gpt2" if given.get("init") else "tiny")
     own = OWN_DATA.get(step, {}) if given.get("data") else {}         # few rankings, other answers
     preset = {"config": name} | own | PRESETS[name].get(step, {})           # the preset's word weighs more

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import commands  # (before torch: see there)
 import data
-from config import UserError
 import evaluate
 import training
+from config import UserError
 
 FIELDS = ("instruction", "input", "history", "responses", "ranks")
 
